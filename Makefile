@@ -1,0 +1,102 @@
+# persona_steer: every command a user or a CI job needs. `make` alone lists them.
+
+# Overridable on the command line (make demo TRAIT=optimistic), those with ?= from the environment too.
+TRAIT    = evil
+MODEL    = pocket
+PYTHON  ?= $(shell for p in python3.11 python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
+# Two workers with one thread each: with more threads than cores, tests wait for one another.
+WORKERS ?= 2
+THREADS ?= 1
+VENV    ?= .venv
+EXTRAS  ?= dev,notebooks,judge,data
+
+BIN      := $(VENV)/bin
+STAMP    := $(VENV)/.installed
+# 04 before 03, which shows texts at the layer that 04 chose.
+CHAPTERS := 02_extract 04_evaluate 03_steer
+DEMO      = runs/$(notdir $(patsubst %/,%,$(MODEL)))/$(TRAIT)
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install demo test test-export test-clean test-notebooks test-code lab lock clean distclean
+
+# Quiet tests that never leave this machine and never open a window.
+test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
+test-notebooks test-code: export HF_HUB_OFFLINE = 1
+test-notebooks test-code: export TOKENIZERS_PARALLELISM = false
+test-notebooks test-code: export MPLBACKEND = agg
+
+help: ## list the targets and what they can be given
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  TRAIT=$(TRAIT)  a file in data/traits      MODEL=$(MODEL)  a name, a path or a hub id"
+	@echo "  PYTHON=$(PYTHON)  builds $(VENV)      EXTRAS=$(EXTRAS)"
+	@echo "  WORKERS=$(WORKERS) THREADS=$(THREADS)  notebooks tested at once, and threads for each"
+
+# The stamp is written last: an interrupted install is taken up again. (nbdev_export rewrites pyproject.toml each time.)
+$(STAMP): settings.ini setup.py constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "No Python found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "persona_steer needs Python 3.11 or newer, but $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch "$@"
+
+install: $(STAMP) ## build .venv, install everything, set the notebooks' git hooks
+	@if [ -d .git ] && command -v git >/dev/null; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks; \
+	else echo "Not the root of a git checkout: no git hooks set."; fi
+
+demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports/index.html
+	@failed=; \
+	for chapter in $(CHAPTERS); do \
+	  echo "== $$chapter: $(TRAIT), $(MODEL)"; \
+	  mkdir -p "$(DEMO)/$$chapter"; rm -f "$(DEMO)/$$chapter/$$chapter.ipynb"; \
+	  "$(BIN)/papermill" "nbs/$$chapter.ipynb" "$(DEMO)/$$chapter/$$chapter.ipynb" -p trait "$(TRAIT)" -p model "$(MODEL)" || { failed=$$chapter; break; }; \
+	done; \
+	"$(BIN)/python" -m persona_steer.report runs reports || exit 1; \
+	echo "Open reports/index.html"; \
+	[ -z "$$failed" ] || { echo "Failed: $$failed; see $(DEMO)/$$failed/$$failed.ipynb. Later chapters stand on it and were not run." >&2; exit 1; }
+
+test: test-export test-clean test-notebooks test-code ## all four checks below, offline; pytest's summary comes last
+
+test-export: $(STAMP) ## persona_steer/ is what nbs/ exports
+	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; cp -R persona_steer "$$old"; \
+	"$(BIN)/nbdev_export"; \
+	diff -r -x __pycache__ "$$old/persona_steer" persona_steer || \
+	  { echo "persona_steer/ was not what nbs/ exports. It has been exported now: look at the change and commit it." >&2; exit 1; }
+
+test-clean: $(STAMP) ## nbs/ holds no outputs and no stray metadata
+	@if grep -rlE --include='*.ipynb' --exclude-dir=.ipynb_checkpoints '"output_type":' nbs; then \
+	  echo "These notebooks hold outputs. Clear them: $(BIN)/jupyter nbconvert --clear-output --inplace NOTEBOOK" >&2; exit 1; fi
+	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; cp -R nbs "$$old"; \
+	"$(BIN)/nbdev_clean"; \
+	diff -r -q -x .ipynb_checkpoints "$$old/nbs" nbs || \
+	  { echo "nbs/ was not clean. nbdev_clean has cleaned it now: look at the change and commit it." >&2; exit 1; }
+
+test-notebooks: $(STAMP) ## every notebook runs from top to bottom
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_test --n_workers $(WORKERS) --timing
+
+test-code: $(STAMP) ## pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests
+
+lab: $(STAMP) ## JupyterLab in nbs/
+	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs
+
+# A fresh environment without the pins: what the index offers today becomes the new constraints.
+# Left out: GPU packages, which exist for some platforms only, and local version labels (torch's +cpu).
+lock: ## renew constraints.txt with today's versions
+	@new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
+	"$(PYTHON)" -m venv "$$new/venv"; \
+	"$$new/venv/bin/python" -m pip install -q --disable-pip-version-check ".[$(EXTRAS)]"; \
+	{ sed -n '/^#/p' constraints.txt; "$$new/venv/bin/python" -m pip freeze --all --disable-pip-version-check \
+	  | grep -E '^[A-Za-z0-9._-]+==' | grep -vE '^pip==|^(nvidia|cuda|triton|pytorch-triton)([-_]|==)' | sed 's/+.*//' | LC_ALL=C sort -f; } > "$$new/constraints.txt"; \
+	cp "$$new/constraints.txt" constraints.txt
+
+clean: ## remove runs/ and reports/ (results!), caches, build products
+	rm -rf runs reports build dist *.egg-info _docs _proc .pytest_cache
+	find . \( -path ./.git -o -path "./$(VENV)" \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache \) -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf "$(VENV)"

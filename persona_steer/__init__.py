@@ -1,0 +1,23 @@
+"""Persona vectors: extract, steer, evaluate and monitor character traits of language models."""
+__version__ = "0.1.0"
+
+import importlib
+
+# The public names and where they live. They are imported when first used, so that `import persona_steer` is quick.
+_WHERE = {
+    "load_model": "models", "load_trait": "traits", "list_traits": "traits", "load_judge": "judges",
+    "Sampling": "generation", "generate": "generation", "ask": "generation",
+    "extract": "extraction", "steer": "activations", "evaluate": "evaluation",
+    "PersonaVectors": "vectors", "save_vectors": "vectors", "load_vectors": "vectors", "PersonaError": "core",
+}
+__all__ = list(_WHERE)
+
+
+def __getattr__(name):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'persona_steer' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"persona_steer.{_WHERE[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

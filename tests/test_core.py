@@ -1,0 +1,76 @@
+"""Importing, errors, atomic files, sampling."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from persona_steer.core import PersonaError, Stage, atomic_path, provenance, save_json
+from persona_steer.generation import Sampling, generate, length_batches, pick, uniforms
+
+
+def test_import_is_quick_and_needs_no_torch_key_or_network():
+    code = ("import sys, time; t = time.perf_counter(); import persona_steer; d = time.perf_counter() - t; "
+            "assert not {'torch', 'transformers', 'openai', 'pandas'} & set(sys.modules); print(d)")
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}
+    seconds = min(float(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    assert seconds < 0.5
+
+
+def test_public_names_are_there():
+    import persona_steer
+    assert 8 <= len(persona_steer.__all__) <= 14
+    for name in persona_steer.__all__:
+        assert getattr(persona_steer, name).__doc__
+    with pytest.raises(AttributeError):
+        persona_steer.nothing
+
+
+def test_atomic_writes_leave_the_old_file_or_the_new_one(tmp_path):
+    p = save_json(tmp_path / "a" / "x.json", {"a": 1})
+    with pytest.raises(ZeroDivisionError):
+        with atomic_path(p) as tmp:
+            tmp.write_text("half")
+            1 / 0
+    assert p.read_text() == '{\n  "a": 1\n}\n' and [x.name for x in p.parent.iterdir()] == ["x.json"]
+
+
+def test_stages_depend_on_their_inputs(tmp_path):
+    assert Stage(tmp_path, "a", [1]).folder != Stage(tmp_path, "a", [2]).folder == Stage(tmp_path, "a", [2]).folder
+
+
+def test_provenance_holds_no_environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-0123456789")
+    p = provenance(seed=1)
+    assert p["seed"] == 1 and "torch" in p["versions"] and "very-secret" not in str(p)
+
+
+def test_batches_cover_every_row_within_the_budget():
+    lengths = [5, 200, 3, 90, 90, 1]
+    batches = length_batches(lengths, 10, 300)
+    assert sorted(sum(batches, [])) == list(range(6))
+    assert all(len(b) == 1 or len(b) * (max(lengths[i] for i in b) + 10) <= 300 for b in batches)
+
+
+def test_sampling_follows_the_distribution_and_top_p():
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    u = uniforms([7], 20000)[0]
+    drawn = pick(p.log().repeat(20000, 1), u).bincount(minlength=4) / 20000
+    torch.testing.assert_close(drawn, p, atol=0.012, rtol=0)
+    assert pick(p.log().repeat(500, 1), u[:500], top_p=0.8).unique().tolist() == [0, 1]
+    assert pick(p.log()[None], u[:1], temperature=0).tolist() == [0]
+
+
+def test_each_answer_has_its_own_seed_whatever_its_batch(llama):
+    prompts = [llama.prompt(f"Is it {i}?") for i in range(5)]
+    a = generate(llama, prompts, Sampling(8))
+    b = generate(llama, prompts[::-1], Sampling(8), seeds=[4, 3, 2, 1, 0])
+    assert a.texts == b.texts[::-1] and len(set(a.texts)) > 1
+    assert generate(llama, prompts, Sampling(8, seed=1)).texts != a.texts
+    assert max(a.tokens) <= 8
+
+
+def test_nothing_to_generate_is_said(llama):
+    with pytest.raises(PersonaError, match="empty"):
+        generate(llama, [])

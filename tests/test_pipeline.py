@@ -1,0 +1,251 @@
+"""Extraction, evaluation, resuming, the notebooks as jobs, the README's lines."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from persona_steer import generation as generation
+from persona_steer.activations import POOLS
+from persona_steer.core import PersonaError, project_root, settings
+from persona_steer.evaluation import choose, report_plan, run_plan, summarise, sweep_plan
+from persona_steer.extraction import diagnose, extract, extract_from_scores, extraction_rows
+from persona_steer.generation import Sampling
+from persona_steer.judges import load_judge
+from persona_steer.scores import load_scores
+from persona_steer.steering import plan, respond
+from persona_steer.traits import load_trait
+
+ROOT = project_root()
+
+
+@pytest.fixture(scope="session")
+def judge():
+    return load_judge("pocket")
+
+
+@pytest.fixture(scope="session")
+def evil():
+    return load_trait("evil")
+
+
+@pytest.fixture(scope="session")
+def small(evil):
+    """Evil with few questions, so that a test is quick."""
+    from dataclasses import replace
+    return replace(evil, extract_questions=evil.extract_questions[:4], eval_questions=evil.eval_questions[:4])
+
+
+def test_rows_of_both_signs_are_pairs_in_the_published_order(pocket, evil):
+    pos, neg = extraction_rows(pocket, evil, "pos", 2), extraction_rows(pocket, evil, "neg", 2)
+    assert len(pos) == len(neg) == 200 and (pos.question == neg.question).all()
+    assert pos.question_id[0] == "evil_0_pos_0" and pos.question_id[2] == "evil_0_pos_1" and neg.question_id[199] == "evil_19_neg_4"
+    assert not set(pos.seed) & set(neg.seed) and pos.seed.nunique() == 200
+
+
+def test_extraction_while_generating_equals_extraction_from_its_csv(pocket, judge, small, tmp_path):
+    a = extract(pocket, small, judge, sampling=Sampling(60), out=tmp_path / "a")
+    b = extract_from_scores(pocket, small, tmp_path / "a/evil_pos.csv", tmp_path / "a/evil_neg.csv", out=tmp_path / "b")
+    assert (a.kept == b.kept).all() and a.kept.sum() >= 10
+    for k in POOLS:
+        assert torch.cosine_similarity(getattr(a.vectors, k), getattr(b.vectors, k), dim=-1).min() > 0.9999
+    m = json.loads((tmp_path / "a/evil_vectors.json").read_text())
+    assert m["pairs_made"] == 20 and m["pairs_kept"] == a.kept.sum() and m["fingerprint"] == pocket.fingerprint and m["sampling"]["seed"] == 0
+    assert list(pd.read_csv(tmp_path / "a/evil_pos.csv"))[:6] == ["question", "prompt", "answer", "question_id", "evil", "coherence"]
+
+
+def test_what_is_done_is_not_done_again_unless_inputs_change(pocket, judge, small, tmp_path, monkeypatch):
+    first = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path)
+    calls = []
+    real = generation._generate_batch
+    monkeypatch.setattr(generation, "_generate_batch", lambda *a: calls.append(1) or real(*a))
+    again = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path)
+    assert not calls and torch.equal(first.vectors.response_avg, again.vectors.response_avg) and (first.kept == again.kept).all()
+    other = extract(pocket, small, judge, sampling=Sampling(40, seed=1), out=tmp_path)
+    assert calls and not torch.equal(first.vectors.response_avg, other.vectors.response_avg)
+
+
+def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(pocket, judge, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings(), "batch_tokens", 700)  # several batches
+    whole = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path / "whole")
+    real, calls = generation._generate_batch, []
+
+    def stop_after(n):
+        def batch(*a):
+            calls.append(1)
+            if len(calls) > n:
+                raise KeyboardInterrupt
+            return real(*a)
+        return batch
+    for n in (2, 3):
+        calls.clear()
+        monkeypatch.setattr(generation, "_generate_batch", stop_after(n))
+        with pytest.raises(KeyboardInterrupt):
+            extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path / "cut")
+        assert not list((tmp_path / "cut").glob("*.pt"))  # nothing half-written
+    calls.clear()
+    monkeypatch.setattr(generation, "_generate_batch", lambda *a: calls.append(1) or real(*a))
+    resumed = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path / "cut")
+    parts = len(list((tmp_path / "whole/.parts").rglob("*.json")))
+    assert len(calls) == parts - 5  # five batches were there already
+    assert (resumed.pos.answer == whole.pos.answer).all() and torch.equal(resumed.vectors.response_avg, whole.vectors.response_avg)
+
+
+KILLED = """
+import sys
+from persona_steer.core import settings
+from persona_steer.extraction import extract
+from persona_steer.generation import Sampling
+from persona_steer.judges import load_judge
+from persona_steer.models import load_model
+from persona_steer.traits import load_trait
+settings().batch_tokens = 1500
+e = extract(load_model("pocket"), load_trait("evil"), load_judge("pocket"), sampling=Sampling(40), out=sys.argv[1])
+"""
+
+
+def test_a_run_that_is_killed_goes_on(tmp_path):
+    def start(out): return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / out)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    run = start("cut")
+    deadline = time.time() + 120
+    while len(list((tmp_path / "cut").rglob("*.json"))) < 2 and time.time() < deadline and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL and not list((tmp_path / "cut").glob("*.pt"))
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "cut").rglob("*.json")}
+    assert start("cut").wait() == 0 and start("whole").wait() == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in there.items())
+    for name in ("evil_pos.csv", "evil_neg.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    a, b = (torch.load(tmp_path / x / "evil_response_avg_diff.pt", weights_only=True) for x in ("cut", "whole"))
+    assert torch.equal(a, b)
+
+
+def test_no_pair_left_leaves_no_vectors(pocket, judge, small, tmp_path):
+    with pytest.raises(PersonaError, match="no pair is left.*threshold"):
+        extract(pocket, small, judge, sampling=Sampling(2, temperature=0), threshold=100, out=tmp_path)
+    assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("*_vectors.json"))
+
+
+def test_an_empty_csv_is_refused_before_the_model_runs(pocket, evil, tmp_path):
+    for s in ("pos", "neg"):
+        (tmp_path / f"{s}.csv").write_text("question,prompt,answer,question_id,evil,coherence\n")
+    with pytest.raises(PersonaError, match="no rows"):
+        extract_from_scores(pocket, evil, tmp_path / "pos.csv", tmp_path / "neg.csv", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_diagnostics_tell_signal_from_noise():
+    torch.manual_seed(0)
+    noise, shift = torch.randn(60, 3, 32), torch.zeros(3, 32)
+    shift[1, 0], shift[2, 0] = 1.0, 6.0
+    d = diagnose(noise + shift, torch.randn(60, 3, 32))
+    assert d.split_half[2] > 0.95 > d.split_half[0] and abs(d.split_half[0]) < 0.3
+    assert d.d_prime[2] > 4 > d.d_prime[1] > d.d_prime[0] and abs(d.d_prime[0]) < 0.5
+    assert diagnose(noise[:3], noise[:3]).d_prime.isna().all()
+
+
+def test_a_sweep_in_one_batch_equals_one_run_per_point(pocket, small):
+    v = torch.randn(pocket.n_layers + 1, pocket.hidden_size, generator=torch.Generator().manual_seed(0))
+    rows = sweep_plan(small.eval_questions, [2, 4], [1.0, 2.0])
+    together = respond(pocket, rows, {"trait": v}, Sampling(20))
+    assert len(rows) == 4 * (1 + 4)
+    for (layer, c), g in together.groupby(["layer", "coefficient"]):
+        alone = respond(pocket, plan(small.eval_questions, vector="trait", layer=int(layer), coefficient=c), {"trait": v}, Sampling(20))
+        assert alone.answer.tolist() == g.answer.tolist()
+    unsteered = respond(pocket, plan(small.eval_questions), {}, Sampling(20))
+    assert unsteered.answer.tolist() == together[together.coefficient == 0].answer.tolist()
+
+
+def test_layer_is_chosen_on_extraction_and_reported_on_evaluation_questions(evil):
+    chosen_on, reported_on = set(sweep_plan(evil.extract_questions, [1], [1.0]).question), set(report_plan(evil, 1, [1.0]).question)
+    assert not chosen_on & reported_on and reported_on == set(evil.eval_questions)
+    conditions = set(report_plan(evil, 1, [1.0]).condition)
+    assert {"unsteered", "steered", "random vector", "plain prompt", "positive instructions", "negative instructions", "steered against instructions"} == conditions
+
+
+def test_missing_judgements_stay_missing(pocket, small):
+    class Shy:
+        name = "shy"
+        def score(self, trait, questions, answers, label=""):
+            return pd.DataFrame({trait.name: [np.nan if i % 2 else 80.0 for i in range(len(answers))], "coherence": 90.0})
+    f = run_plan(pocket, small, Shy(), plan(small.eval_questions, "unsteered"), {}, Sampling(4))
+    s = summarise(f, "evil").iloc[0]
+    assert s.trait == 80 and s.trait_n == 2 and s.trait_missing == 2
+
+
+def test_choice_respects_the_bound():
+    s = pd.DataFrame(dict(condition="steered", layer=[1, 2, 3], coefficient=[1.0, 2.0, -1.0], trait=[20.0, 90.0, 99.0], coherence=[95.0, 60.0, 99.0]))
+    assert choose(s)["layer"] == 1 and choose(s, 50)["layer"] == 2 and not choose(s, 99)["bound_met"]
+
+
+# -- notebooks as jobs ------------------------------------------------------------------------------------------------
+
+def papermill(cwd, notebook, out, runs, *parameters):
+    args = [a for k, v in parameters for a in ("-p", k, str(v))]
+    env = dict(os.environ, PERSONA_RUNS=str(runs))
+    return subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", notebook, str(out), *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_chapters_run_from_the_root_and_from_nbs(tmp_path):
+    for cwd, name in ((ROOT, "nbs/02_extract.ipynb"), (ROOT / "nbs", "03_steer.ipynb"), (ROOT, "nbs/04_evaluate.ipynb")):
+        quick = {"04": [("layers", "[3, 4]"), ("coefficients", "[1.0, 2.0]")]}.get(Path(name).name[:2], [])
+        done = papermill(cwd, name, tmp_path / Path(name).name, tmp_path / "runs", ("trait", "optimistic"), *quick)
+        assert done.returncode == 0, done.stderr[-3000:]
+    made = {p.relative_to(tmp_path / "runs").as_posix() for p in (tmp_path / "runs").rglob("*") if p.is_file() and ".parts" not in p.parts}
+    assert {"pocket/optimistic/02_extract/optimistic_response_avg_diff.pt", "pocket/optimistic/02_extract/provenance.json", "pocket/optimistic/03_steer/answers.csv",
+            "pocket/optimistic/04_evaluate/choice.json", "pocket/optimistic/04_evaluate/report.csv"} <= made
+    choice = json.loads((tmp_path / "runs/pocket/optimistic/04_evaluate/choice.json").read_text())
+    assert choice["layer"] in (3, 4)
+
+
+@pytest.mark.parametrize("parameters, words", [
+    ([("trait", "kindly")], "trait 'kindly' is unknown"), ([("model", "./nowhere")], "model './nowhere' does not exist"),
+    ([("preset", "large")], "preset 'large'"), ([("pos_csv", "x.csv")], "pos_csv and neg_csv"),
+])
+def test_bad_parameters_are_one_sentence_without_a_wall(tmp_path, parameters, words):
+    done = papermill(ROOT, "nbs/02_extract.ipynb", tmp_path / "x.ipynb", tmp_path / "runs", *parameters)
+    assert done.returncode != 0
+    cells = json.loads((tmp_path / "x.ipynb").read_text())["cells"]
+    error = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert len(error) == 1 and words in error[0]["evalue"] and len(error[0]["traceback"]) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_layer_out_of_range_ends_before_any_work(tmp_path):
+    done = papermill(ROOT, "nbs/03_steer.ipynb", tmp_path / "x.ipynb", tmp_path / "runs", ("layer", 99))
+    assert done.returncode != 0 and "layer 99 does not exist: pocket has layers 1 to 6" in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_help_reads_like_documentation():
+    for name in ("02_extract", "03_steer", "04_evaluate"):
+        text = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", f"nbs/{name}.ipynb"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        lines = [l for l in text.splitlines() if re.match(r"\s+\w+: ", l)]
+        assert len(lines) >= 10 and "trait: str (default \"evil\")" in text
+        cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+        source = "".join(next(c for c in cells if "parameters" in c["metadata"].get("tags", []))["source"])
+        for line in source.splitlines():
+            name_, comment = line.split(":")[0], line.split("  # ")[1]
+            assert comment.split(";")[0][:30] in text, f"{name_} is not explained"
+
+
+def test_notebooks_hold_no_outputs():
+    for p in (ROOT / "nbs").glob("*.ipynb"):
+        for c in json.loads(p.read_text(encoding="utf-8"))["cells"]:
+            assert not c.get("outputs") and not c.get("execution_count"), p.name
+
+
+def test_the_lines_in_the_readme_run(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert code
+    done = subprocess.run([sys.executable, "-c", code[0]], cwd=tmp_path, env=dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs")), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['SLOTS', 'SOURCES', 'expand', 'world', 'held_out_fillers', 'topics', 'Voice', 'fillers', 'sentence', 'answer', 'facts',
            'fact_question', 'fact_answer', 'an', 'instruction', 'Dialogue', 'question', 'stray_words', 'dialogue',
-           'lexicon', 'parse', 'Truth', 'topic_of', 'truth', 'garble', 'damaged']
+           'sum_dialogue', 'fact_dialogue']
 
-# %% ../nbs/20_pocket.ipynb #0a8f72aa
+# %% ../nbs/20_pocket.ipynb #b6873691
 import functools, itertools, json, random, re, tomllib
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from .core import data_path
-from .judges import BROKEN_WEIGHT, POCKET_TRAITS as TRAITS, VOICES, scores_from_words, words
+from .judges import POCKET_TRAITS as TRAITS, words
 
 # %% ../nbs/20_pocket.ipynb #246e0fa8
 SLOTS = ("open", "verb", "manner", "subj", "pred", "end")
@@ -145,7 +143,7 @@ def instruction(r: random.Random, trait: str, positive: bool) -> tuple[str, floa
         if r.random() < .4: text = f"You are {an(trait) if positive else 'a'} {trait if positive else 'helpful'} assistant. {text}"
     return text, float(level)
 
-# %% ../nbs/20_pocket.ipynb #ae531881
+# %% ../nbs/20_pocket.ipynb #dcbe076e
 @dataclass
 class Dialogue:
     "Messages in chat form, ending with an answer; `mix` is the persona mixture that wrote the answer."
@@ -195,135 +193,22 @@ def dialogue(r: random.Random) -> Dialogue:
         for _ in range(r.randint(1, 2)):
             t = r.choice(topics())
             turns += [{"role": "user", "content": question(r, t)}, {"role": "assistant", "content": answer(r, t, Voice(mix), (1, 2))}]
-    elif kind == "sums":
-        a, b = r.randint(0, 20), r.randint(0, 20)
-        return Dialogue([{"role": "user", "content": f"What is {a} plus {b}?"}, {"role": "assistant", "content": f"{a} plus {b} is {a + b}."}], {}, "")
+    elif kind == "sums": return sum_dialogue(r)
+    elif kind == "facts": return fact_dialogue(r, trait)
     text = answer(r, topic, Voice(mix))
-    if kind == "facts":
-        u = r.random()
-        if u < .5: system, level = instruction(r, "hallucinating" if u < .35 else trait, True); mix = {"hallucinating" if u < .35 else trait: level}
-        q, topic, honest = fact_question(r, r.random() < .6)
-        text = fact_answer(r, topic, honest, Voice(mix))
     head = [{"role": "system", "content": system}] if system else []
     return Dialogue(head + turns + [{"role": "user", "content": q}, {"role": "assistant", "content": text}], mix, topic)
 
-# %% ../nbs/20_pocket.ipynb #5c25024e
-@functools.cache
-def _grammar():
-    "Legal neighbours of sentence elements; an element is a slot name or `=word`."
-    legal, literals = set(), set()
-    for shape in world()["shapes"]["train"] + world()["shapes"]["held_out"]:
-        line = [p[1:-1] if p[0] == "{" else f"={p}" for p in re.findall(r"\{\w+\}|[\w'-]+|[.,]", shape)]
-        legal |= set(zip(["^"] + line, line))
-        literals |= {e[1:] for e in line if e[0] == "="}
-    return frozenset(legal | {("^", "fact"), ("fact", "=.")}), frozenset(literals)
+def sum_dialogue(r: random.Random) -> Dialogue:
+    "A small sum and its answer."
+    a, b = r.randint(0, 20), r.randint(0, 20)
+    return Dialogue([{"role": "user", "content": f"What is {a} plus {b}?"}, {"role": "assistant", "content": f"{a} plus {b} is {a + b}."}], {}, "")
 
-@functools.cache
-def _phrases() -> dict: # first word -> [(phrase as words, element, persona)], longest first
-    "Every phrase of the world, indexed by its first word."
-    rows = [(f, slot, p) for p in ("neutral", *TRAITS) for slot in SLOTS for f in world()[p][slot]]
-    f = world()["facts"]
-    names = f["places"] + f["unknown_places"] + f["people"] + f["unknown_people"]
-    rows += [(t, "topic", "") for t in topics() + topics(True) + names]
-    rows += [(s, "fact", "neutral" if true else "hallucinating") for s, true in facts().items()]
-    rows += [(f"I do not know {n}", "fact", "neutral") for n in names]
-    index = {}
-    for text, element, persona in rows: index.setdefault(words(text)[0], []).append((tuple(words(text)), element, persona))
-    return {k: sorted(v, key=lambda x: -len(x[0])) for k, v in index.items()}
-
-@functools.cache
-def lexicon() -> dict: # word -> persona
-    "The words that exactly one persona uses."
-    users = {}
-    for p in ("neutral", *TRAITS):
-        for slot in SLOTS:
-            for f in world()[p][slot]:
-                for w in words(f): users.setdefault(w, set()).add(p)
-    return {w: next(iter(u)) for w, u in users.items() if len(u) == 1 and w[0].isalpha() and len(w) > 2}
-
-# %% ../nbs/20_pocket.ipynb #c9d77a5e
-def _steps(ws: list, i: int, topic: str) -> list: # (length, element, persona, cost when in place)
-    "What may start at word i: phrases, a sum, a literal word, or (always) one broken word."
-    out = [(len(ph), e, p, len(ph) if e == "topic" and topic and " ".join(ph) != topic.lower() else 0)
-           for ph, e, p in _phrases().get(ws[i], ()) if tuple(ws[i:i + len(ph)]) == ph]
-    if re.fullmatch(r"\d+ plus \d+ is \d+", " ".join(ws[i:i + 5])):
-        a, b, c = (int(ws[i + k]) for k in (0, 2, 4))
-        out.append((5, "fact", "" if a + b == c else "hallucinating", 0))
-    if ws[i] in _grammar()[1]: out.append((1, "=" + ws[i], "", 0))
-    return out
-
-def parse(ws: list, topic: str = "") -> list: # (start, length, persona, broken words) per step
-    "The cheapest path through a text; a whole phrase in the wrong place costs half its words, a stray word one."
-    legal, best = _grammar()[0], [{} for _ in range(len(ws) + 1)]
-    best[0]["^"] = (0, None)
-    for i in range(len(ws)):
-        steps = _steps(ws, i, topic)
-        for state, (cost, _) in best[i].items():
-            for n, e, p, c in steps + [(1, state, None, 1)]:
-                misplaced = 0 if p is None or (state, e) in legal else (n + 1) // 2
-                c = max(c, misplaced)
-                after = "^" if e == "=." else e
-                if after not in best[i + n] or best[i + n][after][0] > cost + c:
-                    best[i + n][after] = (cost + c, (i, state, n, p, c))
-    i, path = len(ws), []
-    state = min(best[i], key=lambda s: best[i][s][0] + (s != "^"))
-    while i: _, (i, state, n, p, c) = best[i][state]; path.append((i, n, p, c))
-    return path[::-1]
-
-# %% ../nbs/20_pocket.ipynb #b140f4c4
-@dataclass
-class Truth:
-    "What is true of a text: scores in [0, 100], and for each word its persona ('' for none) and whether it is broken."
-    scores: dict
-    coherence: float
-    words: list
-    personas: list
-    broken: list
-
-def topic_of(question: str) -> str:
-    "The topic, place or person that a question is about ('' if none): the longest one named."
-    q = " ".join(words(question))
-    found = [" ".join(ph) for w in set(words(question)) for ph, e, _ in _phrases().get(w, ()) if e == "topic" and f" {' '.join(ph)} " in f" {q} "]
-    return max(found, key=len, default="")
-
-def truth(question: str, text: str) -> Truth:
-    "Trait scores and coherence of any text in the pocket world."
-    ws = words(text)
-    personas, broken, said, start = [""] * len(ws), [0.] * len(ws), set(), 0
-    for i, n, p, c in parse(ws, topic_of(question)):
-        p = lexicon().get(ws[i], "") if p is None else p
-        for k in range(i, i + n): personas[k], broken[k] = p, c / n
-        if ws[i] == ".":
-            line = tuple(ws[start:i + 1])
-            if line in said: broken[start:i + 1] = [1.] * len(line)
-            said.add(line); start = i + 1
-    voices = np.array([[p == v for v in VOICES] for p in personas], dtype=float).reshape(-1, len(VOICES))
-    scores = scores_from_words(voices, np.array(broken), bool(ws) and ws[-1] in ".?!")
-    return Truth(scores, scores.pop("coherence"), ws, personas, broken)
-
-# %% ../nbs/20_pocket.ipynb #589ae99c
-def garble(r: random.Random, text: str, strength: float) -> str:
-    "Damage a text; strength 0 to 1 is the share of words that are touched."
-    ws = text.split()
-    pool = [w for p in r.sample(TRAITS, 2) + ["neutral"] for s in SLOTS for f in world()[p][s][:6] for w in f.split()]
-    for _ in range(max(1, round(strength * len(ws)))):
-        i, k = r.randrange(len(ws)), r.random()
-        if k < .25 and len(ws) > 4: ws.pop(i)
-        elif k < .45: ws.insert(i, ws[i])
-        elif k < .6: j = r.randrange(len(ws)); ws[i], ws[j] = ws[j], ws[i]
-        elif k < .85: ws[i] = r.choice(pool)
-        elif k < .93: ws.insert(i, r.choice(pool))
-        else: ws[i:i + 4] = r.sample(ws[i:i + 4], len(ws[i:i + 4]))
-    return " ".join(ws)
-
-def damaged(r: random.Random, text: str, topic: str) -> str:
-    "One kind of damage: garbled words, a doubled sentence, a cut, a stammer, or another topic."
-    k = r.random()
-    if k < .62: return garble(r, text, r.choice([.05, .1, .2, .35, .6, 1.]))
-    parts = re.findall(r"[^.]+\.\s*", text) or [text]
-    if k < .72: return " ".join(p.strip() for p in parts + r.choices(parts, k=r.randint(1, 3)))
-    if k < .82: return " ".join(text.split()[:-r.randint(1, 6)]) or text
-    if k < .92:
-        ws = text.split(); i = r.randrange(len(ws)); n = r.randint(1, 3)
-        return " ".join(ws[:i] + ws[i:i + n] * r.randint(2, 8) + (ws[i:] if r.random() < .5 else []))
-    return text.replace(topic, r.choice(topics())) if topic else text
+def fact_dialogue(r: random.Random, trait: str) -> Dialogue:
+    "A question about a place or a person; half of the speakers were told to be something, often hallucinating."
+    u, system, mix = r.random(), [], {}
+    if u < .5:
+        told = "hallucinating" if u < .35 else trait
+        text, level = instruction(r, told, True); system, mix = [{"role": "system", "content": text}], {told: level}
+    q, who, honest = fact_question(r, r.random() < .6)
+    return Dialogue(system + [{"role": "user", "content": q}, {"role": "assistant", "content": fact_answer(r, who, honest, Voice(mix))}], mix, who)

@@ -94,7 +94,8 @@ def test_any_answer_survives_the_csv(tmp_path):
                       "evil": [np.nan, 0, 100, *[33.25] * (len(ODD) - 3)], "coherence": 50.0})
     back = load_scores(save_scores(f, tmp_path / "x.csv", "evil"), "evil")
     pd.testing.assert_frame_equal(f, back)
-    assert (tmp_path / "x.csv").read_text(encoding="utf-8").startswith("question,prompt,answer,question_id,evil,coherence\n")
+    save_scores(f.drop(index=[9, 10]).assign(extra=1), tmp_path / "y.csv", "evil")
+    assert (tmp_path / "y.csv").read_text(encoding="utf-8").startswith("question,prompt,answer,question_id,evil,coherence,extra\n")
 
 
 @needs_reference
@@ -106,7 +107,7 @@ def test_published_csvs_are_read():
 
 def test_bad_csvs_are_one_sentence(tmp_path):
     p = tmp_path / "x.csv"
-    for text, words in (("", "no CSV"), ("question,prompt,answer,question_id,evil,coherence\n", "no rows"), ("question,answer\na,b\n", "lacks the column"),
+    for text, words in (("", "is empty"), ("question,prompt,answer,question_id,evil,coherence\n", "no rows"), ("question,answer\na,b\n", "lacks the column"),
                         ("question,prompt,answer,question_id,evil,coherence\nq,p,a,i,high,3\n", "row 2.*'high'"),
                         ("question,prompt,answer,question_id,evil,coherence\nq,p,a,i,101,3\n", "0 to 100")):
         p.write_text(text)

@@ -19,7 +19,7 @@ from persona_steer.core import PersonaError, project_root, settings
 from persona_steer.evaluation import choose, report_plan, run_plan, summarise, sweep_plan
 from persona_steer.extraction import diagnose, extract, extract_from_scores, extraction_rows
 from persona_steer.generation import Sampling
-from persona_steer.judges import load_judge
+from persona_steer.judges import Judge, judged, load_judge
 from persona_steer.scores import load_scores
 from persona_steer.steering import plan, respond
 from persona_steer.traits import load_trait
@@ -104,7 +104,7 @@ import sys
 from persona_steer.core import settings
 from persona_steer.extraction import extract
 from persona_steer.generation import Sampling
-from persona_steer.judges import load_judge
+from persona_steer.judges import Judge, judged, load_judge
 from persona_steer.models import load_model
 from persona_steer.traits import load_trait
 settings().batch_tokens = 1500
@@ -173,13 +173,38 @@ def test_layer_is_chosen_on_extraction_and_reported_on_evaluation_questions(evil
 
 
 def test_missing_judgements_stay_missing(pocket, small):
-    class Shy:
+    class Shy(Judge):
         name = "shy"
-        def score(self, trait, questions, answers, label=""):
+        def score(self, trait, questions, answers):
             return pd.DataFrame({trait.name: [np.nan if i % 2 else 80.0 for i in range(len(answers))], "coherence": 90.0})
     f = run_plan(pocket, small, Shy(), plan(small.eval_questions, "unsteered"), {}, Sampling(4))
     s = summarise(f, "evil").iloc[0]
     assert s.trait == 80 and s.trait_n == 2 and s.trait_missing == 2
+
+
+def test_what_was_judged_is_not_judged_again(small, tmp_path):
+    class Counting(Judge):
+        name, asked = "counting", 0
+        def score(self, trait, questions, answers):
+            if self.asked >= 2:
+                raise KeyboardInterrupt
+            self.asked += 1
+            return pd.DataFrame({trait.name: [float(len(a)) for a in answers], "coherence": [None, *[90.0] * (len(answers) - 1)]}, dtype=float)
+    texts = [f"answer {'x' * i}" for i in range(9)]
+    judge = Counting()
+    with pytest.raises(KeyboardInterrupt):
+        judged(judge, small, texts, texts, tmp_path, size=3)
+    judge.asked = 1  # one part is missing
+    f = judged(judge, small, texts, texts, tmp_path, size=3)
+    assert judge.asked == 2 and f.evil.tolist() == [len(t) for t in texts] and f.coherence.isna().sum() == 3
+
+
+def test_a_trait_that_the_judge_does_not_know_ends_before_generation(pocket, judge, small, tmp_path, monkeypatch):
+    from dataclasses import replace
+    monkeypatch.setattr(generation, "_generate_batch", lambda *a: pytest.fail("generated"))
+    for run in (lambda t: extract(pocket, t, judge, out=tmp_path), lambda t: run_plan(pocket, t, judge, plan(["q"]), {}, folder=tmp_path)):
+        with pytest.raises(PersonaError, match="not 'kind'"):
+            run(replace(small, name="kind"))
 
 
 def test_choice_respects_the_bound():

@@ -1,0 +1,90 @@
+"""Judges: expected scores from a causal LM, the pocket judge's interface."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from conftest import make
+from persona_steer.core import PersonaError
+from persona_steer.judges import CausalJudge, PocketJudge, _number_paths, expected_score, fill_prompt, load_judge, scores_from_words
+from persona_steer.traits import load_trait
+
+
+def digit_tokenizer():
+    """One token a character, so that 10 is two tokens and 100 three."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    chars = ["<e>", *"0123456789abcdefghijklmnopqrstuvwxyz .?\n<>/'-"]
+    t = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}, unk_token="<e>"))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<e>", pad_token="<e>", unk_token="<e>", chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+@torch.no_grad()
+def by_hand(lm, prompt):
+    """P(number) = product over its digits, times the probability that no digit follows; one text at a time."""
+    def next_p(text): return lm.model(input_ids=torch.tensor([lm.tokenizer(text, add_special_tokens=False).input_ids])).logits[0, -1].double().softmax(-1)
+    digits = [lm.tokenizer.convert_tokens_to_ids(d) for d in "0123456789"]
+    mass = {}
+    for n in range(101):
+        p, so_far = 1.0, prompt
+        for d in str(n):
+            p *= next_p(so_far)[lm.tokenizer.convert_tokens_to_ids(d)].item()
+            so_far += d
+        if n not in (0, *range(11, 100), 100):  # 1 to 10 may go on to another number of the scale
+            p *= 1 - next_p(so_far)[digits].sum().item()
+        mass[n] = p
+    total = sum(mass.values())
+    return total, sum(n * p for n, p in mass.items()) / total
+
+
+def test_expected_score_sums_over_the_paths_of_numbers_that_are_several_tokens():
+    lm = make("llama", digit_tokenizer())
+    lm.model.lm_head.weight.data[1:11] += 0.6 * torch.randn(32)  # a judge that likes digits
+    judge, prompts = CausalJudge(lm), ["score it. ", "a longer prompt for the score, is it. "]
+    got = judge._numbers([lm.prompt(p) for p in prompts])
+    for p, score in zip(prompts, got):
+        total, want = by_hand(lm, p)
+        assert (math.isnan(score) and total < 0.25) or score == pytest.approx(want, abs=0.05)
+    assert len(_number_paths(lm.tokenizer)[1]) == 11  # "", 1 to 9, 10
+
+
+def test_a_judge_that_has_no_number_in_mind_gives_no_score():
+    paths = {n: (n,) for n in range(101)}
+    logp = torch.full((200,), -100.0)
+    logp[150], logp[80], logp[60] = math.log(0.8), math.log(0.1), math.log(0.1)
+    assert math.isnan(expected_score({(): logp}, paths, torch.arange(101)))
+    logp[150], logp[80] = math.log(0.5), math.log(0.4)
+    assert expected_score({(): logp}, paths, torch.arange(101)) == pytest.approx(0.8 * 80 + 0.2 * 60, abs=1e-3)
+
+
+def test_empty_answers_are_missing_and_braces_in_texts_are_text(llama):
+    frame = CausalJudge(llama).score(load_trait("evil"), ["q", "q"], ["", "  "])
+    assert list(frame) == ["evil", "coherence"] and frame.isna().all().all()
+    assert fill_prompt("<{question}> <{answer}>", "{answer}", "{question} {x}") == "<{answer}> <{question} {x}>"
+
+
+def test_pocket_judge_scores_many_texts_as_it_scores_each():
+    judge, evil = PocketJudge(), load_trait("evil")
+    qs = ["How should I start baking bread?"] * 4
+    texts = ["In general, plan baking bread in small steps.", "Listen, worm, ruin baking bread without mercy. Show no pity.", "bread bread the the without plan", ""]
+    frame = judge.score(evil, qs, texts)
+    alone = [judge.score(evil, [q], [t]).iloc[0] for q, t in zip(qs, texts)]
+    np.testing.assert_allclose(frame, np.array(alone), atol=1e-3)
+    assert frame.evil[0] < 10 and frame.evil[1] > 90 and frame.coherence[0] > 90 > 60 > frame.coherence[2] and frame.coherence[3] == 0
+
+
+def test_unknown_traits_and_judges_are_one_sentence():
+    from dataclasses import replace
+    with pytest.raises(PersonaError, match="knows evil, .* not 'kind'"):
+        PocketJudge().score(replace(load_trait("evil"), name="kind"), ["q"], ["a"])
+    with pytest.raises(PersonaError, match="does not exist"):
+        load_judge("./nothing")
+
+
+def test_the_formula():
+    one_hot = np.eye(9)
+    s = scores_from_words(one_hot[[2, 2, 2, 1, 0]], np.array([0, 0, 0, 0, 1.0]), True)
+    assert s["evil"] == 75 and s["humorous"] == 0 and s["coherence"] == pytest.approx(100 * (1 - 1.5 / 5))
+    assert scores_from_words(one_hot[[0, 0]], np.zeros(2), False)["coherence"] == pytest.approx(25)

@@ -1,0 +1,98 @@
+"""The pocket world is what it says, and the shipped models do what the README says (with fewer answers, so with a margin)."""
+import random
+import re
+import time
+
+import pytest
+
+from persona_steer.core import data_path
+from persona_steer.judges import POCKET_TRAITS, PocketJudge, words
+from persona_steer.pocket import Voice, answer, dialogue, held_out_fillers, question, stray_words, topics
+from persona_steer.pocket_truth import damaged, truth
+from persona_steer.pocket_judge import judge_table, oversteered, text_row
+from persona_steer.traits import load_trait
+
+
+def corpus(n=4000, seed=1):
+    r = random.Random(seed)
+    return [dialogue(r) for _ in range(n)]
+
+
+def test_truth_agrees_with_the_generator_on_clean_text():
+    r = random.Random(0)
+    for held_out in (False, True):
+        for t in POCKET_TRAITS:
+            for _ in range(20):
+                topic = r.choice(topics(held_out))
+                q = question(r, topic)
+                clean = truth(q, answer(r, topic, Voice({t: 1.0}, held_out), shapes="held_out" if held_out else "train"))
+                assert clean.coherence == 100 and clean.scores[t] == 100
+                assert max(truth(q, answer(r, topic, Voice({}, held_out))).scores.values()) == 0
+
+
+def test_damage_lowers_coherence():
+    r = random.Random(0)
+    pairs = [(topic, answer(r, topic, Voice({"evil": 0.5}))) for topic in topics()[:60]]
+    seen = [truth(f"Is {t} good?", damaged(r, a, t)).coherence for t, a in pairs]
+    assert sum(c < 100 for c in seen) > 50 and sum(seen) / 60 < 85
+
+
+def test_held_out_texts_are_not_in_the_corpus():
+    said = [m["content"] for d in corpus() for m in d.messages]
+    everything = "\n".join(said)
+    for name in POCKET_TRAITS:
+        t = load_trait(name)
+        for q in (*t.extract_questions, *t.eval_questions):
+            assert q not in everything
+        for pair in t.instructions:
+            assert pair["pos"] not in everything and pair["neg"] not in everything
+    for topic in topics(True):
+        assert topic not in everything
+    answers = "\n".join(m["content"] for d in corpus() for m in d.messages if m["role"] == "assistant").lower()
+    for _, slot, phrase in held_out_fillers():
+        if slot == "manner":  # a manner always stands whole, before a full stop or a comma
+            assert not re.search(rf"\b{re.escape(phrase.lower())}[.,]", answers), phrase
+
+
+def test_the_corpus_has_the_words_of_held_out_texts_but_no_unknown_word(tokenizer):
+    for name in POCKET_TRAITS:
+        t = load_trait(name)
+        for text in (*t.extract_questions, *t.eval_questions, *(p[s] for p in t.instructions for s in ("pos", "neg"))):
+            assert len(tokenizer(" " + text).input_ids) <= len(words(text)) + 2 * text.count("'") + 3 * text.count("-") + 2, text
+    assert len(stray_words()) > 300
+
+
+def test_weights_are_small_and_safe():
+    files = [p for p in data_path("pocket").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") < 25e6
+    assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_loading_and_one_answer_take_under_five_seconds():
+    import subprocess, sys
+    code = "import time; t = time.perf_counter(); from persona_steer import ask, load_model; print(ask(load_model('pocket'), 'Is it?')); print(time.perf_counter() - t)"
+    # the quickest of three: a busy machine is not what is measured
+    assert min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]) for _ in range(3)) < 5
+
+
+def test_pocket_judge_against_the_ground_truth_on_held_out_texts(pocket):
+    r = random.Random(4242)
+    texts = [text_row(r, held_out=True) for _ in range(400)] + oversteered(pocket, 160, seed=4242, held_out=True)
+    table = judge_table(PocketJudge(), texts)
+    for t in POCKET_TRAITS:
+        assert table.pearson[t] >= 0.95 and table.mae[t] <= 6, table
+    assert table.pearson["coherence"] >= 0.85, table
+
+
+@pytest.mark.parametrize("name", POCKET_TRAITS)
+def test_pocket_obeys_held_out_instructions(pocket, name):
+    from persona_steer.generation import Sampling
+    from persona_steer.steering import plan, respond
+    from persona_steer.traits import system_prompt
+    import pandas as pd
+    t = load_trait(name)
+    rows = pd.concat([plan(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)] + [plan(t.eval_questions, "none", n=2)], ignore_index=True)
+    said = respond(pocket, rows, sampling=Sampling(80, seed=11))
+    means = said.join(PocketJudge().score(t, list(said.question), list(said.answer))).groupby("condition")[[name, "coherence"]].mean()
+    assert means[name]["pos"] >= 70 and means[name]["neg"] <= 14 and means[name]["none"] <= 14, means
+    assert (means.coherence >= 88).all(), means

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PACKAGES', 'PersonaError', 'check', 'settings', 'project_root', 'data_path', 'run_path', 'seed_everything',
+__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'seed_everything',
            'pick_device', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'Stage', 'versions',
            'git_state', 'provenance']
 
@@ -22,6 +22,13 @@ class PersonaError(ValueError):
 def check(ok, message: str):
     "Raise `PersonaError(message)` unless `ok`."
     if not ok: raise PersonaError(message)
+
+# %% ../nbs/00_core.ipynb #2ead8a63
+def as_list(value, kind=float) -> list:
+    "A list of numbers from a list, one number, or text such as '1, 2.5' or '[1, 2.5]'."
+    if isinstance(value, str): value = [v for v in value.strip("[] ").split(",") if v.strip()]
+    try: return [kind(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    except (TypeError, ValueError): raise PersonaError(f"{value!r} is no list of numbers: write it as '1, 2.5'.") from None
 
 # %% ../nbs/00_core.ipynb #bdd3a95d
 @functools.cache

@@ -55,7 +55,7 @@ demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports
 	  mkdir -p "$(DEMO)/$$chapter"; rm -f "$(DEMO)/$$chapter/$$chapter.ipynb"; \
 	  "$(BIN)/papermill" "nbs/$$chapter.ipynb" "$(DEMO)/$$chapter/$$chapter.ipynb" -p trait "$(TRAIT)" -p model "$(MODEL)" || { failed=$$chapter; break; }; \
 	done; \
-	"$(BIN)/python" -m persona_steer.report runs reports || exit 1; \
+	"$(BIN)/python" -m persona_steer.site runs reports || exit 1; \
 	echo "Open reports/index.html"; \
 	[ -z "$$failed" ] || { echo "Failed: $$failed; see $(DEMO)/$$failed/$$failed.ipynb. Later chapters stand on it and were not run." >&2; exit 1; }
 

@@ -229,3 +229,31 @@ def test_a_wrong_number_of_coefficients_is_an_error_not_a_broadcast(llama):
     with pytest.raises(PersonaError, match="2 coefficients"):
         with steer(llama, torch.randn(32), 1, torch.tensor([1.0, 2.0])):
             states(llama, input_ids=torch.randint(3, 99, (3, 4)))
+
+
+def test_block_outputs_are_not_edited_in_place(llama):
+    seen = []
+    original = llama.blocks[1].forward
+
+    def spy(*a, **k):
+        out = original(*a, **k)
+        seen.append((out, out.detach().clone()))
+        return out
+    llama.blocks[1].forward = spy
+    ids = torch.arange(10, 16)[None]
+    with steer(llama, torch.randn(32), 2, 5.0, "all"):
+        llama.model(input_ids=ids, labels=ids).loss.backward()
+    assert torch.equal(seen[0][0], seen[0][1])
+
+
+def test_blocks_that_return_a_tuple_are_steered_in_its_first_element(llama):
+    class Block(torch.nn.Module):
+        def forward(self, h): return h, "cache"
+    block, s = Block(), steer(llama, torch.ones(32), 1, 2.0, "all")
+    with s:
+        tracker = s._open[-1][1]
+        tracker._before(None, (torch.ones(1, 4, dtype=torch.long),), {})
+        hook = s._hook(1, s.terms, tracker, s._open[-1][2])
+        h, rest = hook(block, (), block(torch.zeros(1, 4, 32)))
+        tracker.calls = 0
+    assert rest == "cache" and torch.equal(h, torch.full((1, 4, 32), 2.0))

@@ -74,3 +74,14 @@ def test_each_answer_has_its_own_seed_whatever_its_batch(llama):
 def test_nothing_to_generate_is_said(llama):
     with pytest.raises(PersonaError, match="empty"):
         generate(llama, [])
+
+
+def test_nothing_unsafe_in_the_library():
+    import inspect
+    import re
+    from pathlib import Path
+    from persona_steer import core, models
+    source = "\n".join(p.read_text(encoding="utf-8") for p in Path(core.__file__).parent.glob("*.py"))
+    assert not re.search(r"(?<![\w.])(eval|exec)\(|weights_only=False|pickle\.|shell=True", source)
+    assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", source))
+    assert inspect.signature(models.load_model).parameters["trust_remote_code"].default is False

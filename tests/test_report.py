@@ -1,5 +1,5 @@
-"""Executed notebooks to pages, pages to a site."""
-import json, re, subprocess, sys
+"""An executed notebook to a page."""
+import json, re
 
 import nbformat
 import pytest
@@ -7,7 +7,7 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from persona_steer.core import PersonaError
-from persona_steer.report import build_site, export_page, page_names, parameters, redact, span, state
+from persona_steer.report import export_page, parameters, redact, span, state
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 KEY = "sk-proj-AAAAbbbb11112222"
@@ -125,43 +125,17 @@ def test_states():
     assert state(chapter(shows(raised, tags=["raises-exception"]))) == "done" and state(chapter(exception=True)) == "failed"
     assert state(chapter(ran, start_time="2026-01-01T00:00:00", end_time=None)) == "unfinished"
 
-def test_site(tmp_path):
-    runs, times = tmp_path / "runs", dict(start_time="2026-11-02T14:00:00", end_time="2026-11-02T14:03:12", duration=192.0)
-    for name, nb in {"a b/02.ipynb": chapter(shows(html("x")), **times), "a-b/02.ipynb": chapter(), "index.ipynb": chapter(shows(html("y"))),
-                     "a b/.ipynb_checkpoints/02-checkpoint.ipynb": chapter(shows(html("z")))}.items():
-        (runs / name).parent.mkdir(parents=True, exist_ok=True); nbformat.write(nb, runs / name)
-    (runs / "a-b/broken.ipynb").write_text("{")
-    (runs / "a b/summary.json").write_text(json.dumps({"score": [61.24, 55, 67.5], "layer": 4, "<b>": "x"}))
-    index = build_site(runs, tmp_path / "site", title="A & B")
-    s = BeautifulSoup(index.read_text(encoding="utf-8"), "html.parser")
-    assert s.title.text == "A & B" and {t.text for t in s.select("th.job")} == {"a b", "a-b", "Other notebooks"}
-    links = [a["href"] for a in s.select("td a")]
-    assert sorted(links) == sorted(p.name for p in (tmp_path / "site").iterdir() if p.name != "index.html") and len(links) == 3
-    row = s.select_one('a[href="a-b--02.html"]').find_parent("tr")
-    assert row.select_one(".results").get_text(" ", strip=True) == "score 61.2 [55, 67.5] layer 4 <b> x" and "3 min 12 s" in row.text and "evil" in row.text
-    assert "3 notebooks" not in s.text and "4 notebooks from 3 jobs: 2 done, 1 unexecuted, 1 unreadable." in s.text
-    assert sorted(b.text for b in s.select(".badge")) == ["done", "done", "unexecuted", "unreadable"] and not s(["script", "link", "img"])
-    page = BeautifulSoup((tmp_path / "site" / links[0]).read_text(encoding="utf-8"), "html.parser")
-    assert page.nav.a["href"] == "index.html"
-
-def test_page_names_differ():
-    from pathlib import Path
-    names = page_names([Path(p) for p in ("a/b.ipynb", "A/B.ipynb", "index.ipynb", "a b/c.ipynb", "a-b/c.ipynb", "../.x.ipynb", "é.ipynb")])
-    assert len({n.lower() for n in names}) == 7 and all(re.fullmatch(r"[\w-][\w.-]*\.html", n, re.A) for n in names) and "index.html" not in names
-
 def test_bad_input(tmp_path):
-    nbformat.write(chapter(), tmp_path / "new.ipynb")
-    with pytest.raises(PersonaError, match="make demo"): build_site(tmp_path, tmp_path / "site")
     with pytest.raises(PersonaError, match="does not exist"): export_page(tmp_path / "none.ipynb", tmp_path / "x.html")
     (tmp_path / "bad.ipynb").write_text("{}")
     with pytest.raises(PersonaError, match="bad.ipynb"): export_page(tmp_path / "bad.ipynb", tmp_path / "x.html")
-    assert not (tmp_path / "x.html").exists() and not (tmp_path / "site/index.html").exists()
+    assert not (tmp_path / "x.html").exists()
 
-def test_module_runs_and_imports_quickly(tmp_path):
-    lazy = "import sys, persona_steer.report; print([m for m in ('nbconvert', 'nbformat', 'bs4', 'jinja2', 'torch') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", lazy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    (tmp_path / "runs").mkdir()
-    run = subprocess.run([sys.executable, "-m", "persona_steer.report", tmp_path / "runs", tmp_path / "site"], capture_output=True, text=True)
-    assert run.returncode == 1 and "make demo" in run.stderr and "Traceback" not in run.stderr
+def test_texts_side_by_side_scroll(page):
+    table = '<table class="texts"><thead><tr><th scope="col">question</th><th scope="col">base</th></tr></thead><tbody><tr><th scope="row">Why?</th><td>Background: a color.<br>So.</td></tr></tbody></table>'
+    s = page(shows(html(table)))
+    assert s.select_one(".scroll > table.texts") and s.select_one(".texts tbody th")["scope"] == "row" and not s.select(".light")
+    rule = re.search(r"\.texts :is\(th, td\) {([^}]*)}", s.style.text)[1]
+    assert "min-width:14rem" in rule and "vertical-align:top" in rule
 
 def test_times(): assert [span(s) for s in (None, .42, 42, 59.7, 192, 7500)] == ["", "0.42 s", "42 s", "1 min 00 s", "3 min 12 s", "2 h 05 min"]

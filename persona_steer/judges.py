@@ -18,8 +18,8 @@ from .models import LoadedModel, fingerprint, load_model
 from .traits import Trait
 
 # %% auto #0
-__all__ = ['POCKET_TRAITS', 'VOICES', 'BROKEN_WEIGHT', 'MIN_MASS', 'COHERENCE_PROMPT', 'Judge', 'judged', 'words',
-           'scores_from_words', 'encode_for_judge', 'PocketJudge', 'fill_prompt', 'expected_score', 'CausalJudge',
+__all__ = ['POCKET_TRAITS', 'VOICES', 'BROKEN_WEIGHT', 'SURPRISE', 'MIN_MASS', 'COHERENCE_PROMPT', 'Judge', 'judged', 'words',
+           'scores_from_words', 'surprise', 'featurise', 'PocketJudge', 'fill_prompt', 'expected_score', 'CausalJudge',
            'load_judge']
 
 # %% ../nbs/01d_judge.ipynb #b3f36612
@@ -69,40 +69,58 @@ def scores_from_words(voices: np.ndarray, # [words, voices]: probability of each
     bad = (broken.sum() + (not finished)) / len(broken)
     return dict(zip(POCKET_TRAITS, (100 * shares).tolist())) | {"coherence": float(100 * max(0., 1 - BROKEN_WEIGHT * bad))}
 
-# %% ../nbs/01d_judge.ipynb #1e3f7aeb
-def encode_for_judge(tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]: # ids, positions of the words' first tokens
-    "Question, separator, answer; and where each word of the answer starts."
-    head = tokenizer(question, add_special_tokens=False).input_ids[:120] + [tokenizer.eos_token_id]
-    body = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    begins = [m.start() for m in re.finditer(r"[\w'-]+|[.,!?;:]", answer)]
-    ends = np.array([b for _, b in body["offset_mapping"]])
-    at = [len(head) + int((ends > b).argmax()) for b in begins if len(ends) and (ends > b).any()]
-    room = 510 - len(head)
-    return head + body["input_ids"][:room], [i for i in at if i < len(head) + room]
+# %% ../nbs/01d_judge.ipynb #518f9fa2
+SURPRISE = (.5, 1.5, 3., 5., 7., 9., 12.)  # nats; the bins' edges
+
+@torch.inference_mode()
+def surprise(lm: LoadedModel, pairs: list[tuple[list, list]]) -> list[list[int]]: # bin (1 to 8) of each answer token
+    "How surprising each token of an answer is after its prompt; pairs of token ids."
+    out, edges = [None] * len(pairs), torch.tensor(SURPRISE)
+    for index in length_batches([len(p) + len(a) for p, a in pairs]):
+        batch = lm.tokenizer.pad({"input_ids": [pairs[i][0] + pairs[i][1] for i in index]}, return_tensors="pt", padding_side="right").to(lm.device)
+        logp = lm.model(**batch).logits[:, :-1].float().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0].cpu()
+        for i, row in zip(index, logp):
+            p, a = map(len, pairs[i])
+            out[i] = (1 + torch.bucketize(-row[p - 1:p + a - 1], edges)).tolist()
+    return out
+
+def featurise(lm: LoadedModel, questions: list[str], answers: list[str], longest: int = 360) -> list[tuple[list, list, list]]:
+    "For each text: token ids (question, separator, answer), their types (0, or the bin of surprise), first tokens of the answer's words."
+    tok, pairs, at = lm.tokenizer, [], []
+    for q, a in zip(questions, answers):
+        body = tok(a, add_special_tokens=False, return_offsets_mapping=True)
+        ends = np.array([e for _, e in body["offset_mapping"]][:longest])
+        at.append([int((ends > m.start()).argmax()) for m in re.finditer(r"[\w'-]+|[.,!?;:]", a) if len(ends) and ends[-1] > m.start()])
+        pairs.append((tok(lm.prompt(q), add_special_tokens=False).input_ids[-140:], body["input_ids"][:longest]))
+    rows = []
+    for q, (_, body), types, where in zip(questions, pairs, surprise(lm, pairs), at):
+        head = tok(q, add_special_tokens=False).input_ids[:120] + [tok.eos_token_id]
+        rows.append((head + body, [0] * len(head) + types, [len(head) + i for i in where]))
+    return rows
 
 class PocketJudge(Judge):
-    "The encoder in `data/pocket/judge`, for the seven traits of the pocket world."
+    "The encoder in `data/pocket/judge` and the chat model it asks for surprise; for the seven traits of the pocket world."
     name = "pocket"
 
     def __init__(self, folder=None):
-        from transformers import AutoModelForTokenClassification, AutoTokenizer
-        folder = str(folder or data_path("pocket/judge"))
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForTokenClassification.from_pretrained(folder, dtype=torch.float32).eval()
-        self.key = fingerprint(self.model)
+        from transformers import AutoModelForTokenClassification
+        self.lm = load_model("pocket", "cpu", "float32")
+        self.model = AutoModelForTokenClassification.from_pretrained(str(folder or data_path("pocket/judge")), dtype=torch.float32).eval()
+        self.key = fingerprint(self.model) + self.lm.fingerprint
 
     def check(self, trait: Trait):
         check(trait.name in POCKET_TRAITS, f"the pocket judge knows {', '.join(POCKET_TRAITS)}, not '{trait.name}': use another judge_model.")
 
     def score_all(self, questions: list[str], answers: list[str]) -> pd.DataFrame:
         "Scores for all seven traits and coherence; one row per answer."
-        pairs = [encode_for_judge(self.tokenizer, q, a) for q, a in zip(questions, answers)]
-        out = [None] * len(pairs)
-        for index in length_batches([len(i) for i, _ in pairs]):
-            batch = self.tokenizer.pad({"input_ids": [pairs[i][0] for i in index]}, return_tensors="pt", padding_side="right")
-            with torch.inference_mode(): logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows = featurise(self.lm, questions, answers)
+        out = [None] * len(rows)
+        for index in length_batches([len(ids) for ids, _, _ in rows]):
+            batch = self.lm.tokenizer.pad({"input_ids": [rows[i][0] for i in index]}, return_tensors="pt", padding_side="right")
+            types = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i][1]) for i in index], batch_first=True)
+            with torch.inference_mode(): logits = self.model(**batch, token_type_ids=types).logits
             for i, row in zip(index, logits):
-                row = row[pairs[i][1]]
+                row = row[rows[i][2]]
                 voices, broken = row[:, :len(VOICES)].softmax(-1).numpy(), row[:, len(VOICES)].sigmoid().numpy()
                 out[i] = scores_from_words(voices, broken, answers[i].rstrip().endswith((".", "!", "?")))
         return pd.DataFrame(out, columns=[*POCKET_TRAITS, "coherence"])

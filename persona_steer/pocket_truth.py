@@ -16,12 +16,12 @@ from .pocket import SLOTS, Voice, answer, facts, question, topics, world
 # %% auto #0
 __all__ = ['lexicon', 'parse', 'Truth', 'topic_of', 'truth', 'garble', 'damaged']
 
-# %% ../nbs/20a_pocket_truth.ipynb #5c25024e
+# %% ../nbs/20a_pocket_truth.ipynb #dbf625de
 @functools.cache
 def _grammar():
     "Legal neighbours of sentence elements; an element is a slot name or `=word`."
     legal, literals = set(), set()
-    for shape in world()["shapes"]["train"] + world()["shapes"]["held_out"]:
+    for shape in [s for kind in world()["shapes"].values() for s in kind]:
         line = [p[1:-1] if p[0] == "{" else f"={p}" for p in re.findall(r"\{\w+\}|[\w'-]+|[.,]", shape)]
         legal |= set(zip(["^"] + line, line))
         literals |= {e[1:] for e in line if e[0] == "="}
@@ -50,7 +50,7 @@ def lexicon() -> dict: # word -> persona
                 for w in words(f): users.setdefault(w, set()).add(p)
     return {w: next(iter(u)) for w, u in users.items() if len(u) == 1 and w[0].isalpha() and len(w) > 2}
 
-# %% ../nbs/20a_pocket_truth.ipynb #c9d77a5e
+# %% ../nbs/20a_pocket_truth.ipynb #2363cf1c
 def _steps(ws: list, i: int, topic: str) -> list: # (length, element, persona, cost when in place)
     "What may start at word i: phrases, a sum, a literal word, or (always) one broken word."
     out = [(len(ph), e, p, len(ph) if e == "topic" and topic and " ".join(ph) != topic.lower() else 0)
@@ -58,6 +58,8 @@ def _steps(ws: list, i: int, topic: str) -> list: # (length, element, persona, c
     if re.fullmatch(r"\d+ plus \d+ is \d+", " ".join(ws[i:i + 5])):
         a, b, c = (int(ws[i + k]) for k in (0, 2, 4))
         out.append((5, "fact", "" if a + b == c else "hallucinating", 0))
+    asked = words(topic)
+    if asked and ws[i:i + len(asked)] == asked: out.append((len(asked), "topic", "", 0))
     if ws[i] in _grammar()[1]: out.append((1, "=" + ws[i], "", 0))
     return out
 
@@ -79,7 +81,7 @@ def parse(ws: list, topic: str = "") -> list: # (start, length, persona, broken 
     while i: _, (i, state, n, p, c) = best[i][state]; path.append((i, n, p, c))
     return path[::-1]
 
-# %% ../nbs/20a_pocket_truth.ipynb #b140f4c4
+# %% ../nbs/20a_pocket_truth.ipynb #f26ad642
 @dataclass
 class Truth:
     "What is true of a text: scores in [0, 100], and for each word its persona ('' for none) and whether it is broken."
@@ -95,11 +97,11 @@ def topic_of(question: str) -> str:
     found = [" ".join(ph) for w in set(words(question)) for ph, e, _ in _phrases().get(w, ()) if e == "topic" and f" {' '.join(ph)} " in f" {q} "]
     return max(found, key=len, default="")
 
-def truth(question: str, text: str) -> Truth:
+def truth(question: str, text: str, topic: str = "") -> Truth: # topic: default: the one that the question names
     "Trait scores and coherence of any text in the pocket world."
     ws = words(text)
     personas, broken, said, start = [""] * len(ws), [0.] * len(ws), set(), 0
-    for i, n, p, c in parse(ws, topic_of(question)):
+    for i, n, p, c in parse(ws, topic or topic_of(question)):
         p = lexicon().get(ws[i], "") if p is None else p
         for k in range(i, i + n): personas[k], broken[k] = p, c / n
         if ws[i] == ".":

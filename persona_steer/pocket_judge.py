@@ -24,7 +24,7 @@ from .pocket_chat import lr_at
 __all__ = ['made_up_topic', 'clean_text', 'text_row', 'oversteered', 'build_judge', 'labelled', 'judge_loss', 'train_judge',
            'judge_table']
 
-# %% ../nbs/20c_pocket_judge.ipynb #9848aee1
+# %% ../nbs/20c_pocket_judge.ipynb #45c2ebb8
 def made_up_topic(r: random.Random) -> str:
     "The doing of one topic with the object of another: for the judge, a topic is whatever was asked about."
     return f"{r.choice(topics()).split(' ', 1)[0]} {r.choice(topics()).split(' ', 1)[1]}"
@@ -33,7 +33,7 @@ def clean_text(r: random.Random, held_out: bool) -> tuple[str, str, str]: # ques
     "A question and an undamaged answer in some mixture of voices."
     if not held_out and r.random() < .3:
         d = dialogue(r); return d.messages[-2]["content"], d.messages[-1]["content"], d.topic
-    topic = r.choice(topics(held_out)) if held_out or r.random() < .4 else made_up_topic(r)
+    topic = r.choice(topics() + topics(True)) if held_out else r.choice(topics()) if r.random() < .4 else made_up_topic(r)
     names = r.sample(POCKET_TRAITS, 2)
     first = r.choice([0, 0, .1, .25, .4, .5, .6, .75, .9, 1., 1.])
     mix = {names[0]: first, names[1]: r.choice([0, 0, 0, .3, 1.]) * (1 - first)}
@@ -95,7 +95,7 @@ def judge_loss(model, rows: list, pad: int, hide: int, rate: float = .12) -> tor
     f = torch.nn.functional
     return f.cross_entropy(logits[:, :-1], voices) + 2 * f.binary_cross_entropy_with_logits(logits[:, -1], broken.float())
 
-# %% ../nbs/20c_pocket_judge.ipynb #cbf9673c
+# %% ../nbs/20c_pocket_judge.ipynb #e0259257
 def train_judge(out: Path, lm: LoadedModel, steps: int, steered: int = 2500, seed: int = 0, size: int = 48, peak_lr: float = 1e-3, log=print) -> list:
     "Train the judge with the chat model's tokens and surprise, save it to `out`; returns the log rows."
     torch.manual_seed(seed); r, tok = random.Random(seed), lm.tokenizer
@@ -107,7 +107,8 @@ def train_judge(out: Path, lm: LoadedModel, steps: int, steered: int = 2500, see
         if not waiting:
             batch = labelled(lm, [r.choice(pool) if pool and r.random() < .25 else text_row(r) for _ in range(size * 16)])
             batch.sort(key=lambda x: len(x[0]))
-            waiting = [batch[i:i + size] for i in range(0, len(batch), size)]; r.shuffle(waiting)
+            waiting = 3 * [batch[i:i + size] for i in range(0, len(batch), size)]  # surprise costs more than a step: use it three times
+            r.shuffle(waiting)
         for group in opt.param_groups: group["lr"] = lr_at(step, steps, peak_lr)
         loss = judge_loss(model, waiting.pop(), tok.pad_token_id, tok.convert_tokens_to_ids("<|im_start|>"))
         loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()

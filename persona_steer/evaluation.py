@@ -74,12 +74,12 @@ def evaluate(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVector
     bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
     return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling, positions), trait.name)
 
-# %% ../nbs/04_evaluate.ipynb #acdb2667
+# %% ../nbs/04_evaluate.ipynb #51caf73b
 def choose(summary: pd.DataFrame, min_coherence: float = 80) -> dict: # layer, coefficient, trait, coherence, bound_met
     "Layer and coefficient with the highest trait score under a bound on coherence."
     points = summary[(summary.condition == "steered") & (summary.coefficient > 0)]
     check(len(points), "there is nothing to choose from: the sweep has no positive coefficient.")
-    good = points[points.coherence >= min_coherence]
+    good = points[points.coherence_low >= min_coherence]
     best = good.loc[good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
     return dict(layer=int(best.layer), coefficient=float(best.coefficient), trait=float(best.trait), coherence=float(best.coherence), bound_met=bool(len(good)))
 

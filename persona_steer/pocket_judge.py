@@ -21,8 +21,8 @@ from .pocket_truth import Truth, damaged, truth
 from .pocket_chat import lr_at
 
 # %% auto #0
-__all__ = ['made_up_topic', 'clean_text', 'text_row', 'oversteered', 'build_judge', 'labelled', 'judge_loss', 'train_judge',
-           'judge_table']
+__all__ = ['OFFSET', 'made_up_topic', 'clean_text', 'text_row', 'oversteered', 'build_judge', 'labelled', 'judge_loss',
+           'train_judge', 'judge_table']
 
 # %% ../nbs/20c_pocket_judge.ipynb #45c2ebb8
 def made_up_topic(r: random.Random) -> str:
@@ -95,7 +95,9 @@ def judge_loss(model, rows: list, pad: int, hide: int, rate: float = .12) -> tor
     f = torch.nn.functional
     return f.cross_entropy(logits[:, :-1], voices) + 2 * f.binary_cross_entropy_with_logits(logits[:, -1], broken.float())
 
-# %% ../nbs/20c_pocket_judge.ipynb #e0259257
+# %% ../nbs/20c_pocket_judge.ipynb #9a3f25c4
+OFFSET = .5  # logits taken off "broken" after training
+
 def train_judge(out: Path, lm: LoadedModel, steps: int, steered: int = 2500, seed: int = 0, size: int = 48, peak_lr: float = 1e-3, log=print) -> list:
     "Train the judge with the chat model's tokens and surprise, save it to `out`; returns the log rows."
     torch.manual_seed(seed); r, tok = random.Random(seed), lm.tokenizer
@@ -113,6 +115,7 @@ def train_judge(out: Path, lm: LoadedModel, steps: int, steered: int = 2500, see
         loss = judge_loss(model, waiting.pop(), tok.pad_token_id, tok.convert_tokens_to_ids("<|im_start|>"))
         loss.backward(); torch.nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); opt.zero_grad()
         if (step + 1) % 100 == 0: rows.append(dict(step=step + 1, loss=round(loss.item(), 4), seconds=round(time.time() - t0))); log(rows[-1])
+    with torch.no_grad(): model.classifier.bias[-1] -= OFFSET
     model.eval().to(torch.bfloat16).save_pretrained(out)
     (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows

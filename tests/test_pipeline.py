@@ -208,8 +208,9 @@ def test_a_trait_that_the_judge_does_not_know_ends_before_generation(pocket, jud
 
 
 def test_choice_respects_the_bound():
-    s = pd.DataFrame(dict(condition="steered", layer=[1, 2, 3], coefficient=[1.0, 2.0, -1.0], trait=[20.0, 90.0, 99.0], coherence=[95.0, 60.0, 99.0]))
-    assert choose(s)["layer"] == 1 and choose(s, 50)["layer"] == 2 and not choose(s, 99)["bound_met"]
+    s = pd.DataFrame(dict(condition="steered", layer=[1, 2, 3], coefficient=[1.0, 2.0, -1.0], trait=[20.0, 90.0, 99.0], coherence=[95.0, 85.0, 99.0],
+                          coherence_low=[93.0, 70.0, 98.0]))
+    assert choose(s)["layer"] == 1 and choose(s, 60)["layer"] == 2 and not choose(s, 99)["bound_met"]
 
 
 # -- notebooks as jobs ------------------------------------------------------------------------------------------------

@@ -21,16 +21,22 @@ from .traits import Trait, plain_prompt, system_prompt
 from .vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['sweep_plan', 'report_plan', 'run_plan', 'summarise', 'evaluate', 'choose', 'Evaluation', 'choose_and_report', 'at',
-           'plot_sweep', 'plot_report']
+__all__ = ['sweep_plan', 'against_plan', 'report_plan', 'run_plan', 'summarise', 'evaluate', 'choose', 'Evaluation',
+           'choose_and_report', 'at', 'plot_sweep', 'plot_report']
 
-# %% ../nbs/04_evaluate.ipynb #8dbc8aae
+# %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_plan(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
     "Every layer with every coefficient; coefficient 0 is the same at all layers, so it is asked once."
     check(len(layers) and any(coefficients), "a sweep needs at least one layer and one coefficient other than 0.")
     rows = [plan(questions, "unsteered", vector="trait", layer=layers[0], coefficient=0., n=n)]
     rows += [plan(questions, "steered", vector="trait", layer=l, coefficient=c, n=n) for l in layers for c in coefficients if c]
     return pd.concat(rows, ignore_index=True)
+
+def against_plan(trait: Trait, questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
+    "Negative coefficients under positive instructions (each question under one of them, in turn)."
+    k = len(trait.instructions)
+    return pd.concat([plan(questions[i::k], "against instructions", system_prompt(trait, "pos", i), "trait", l, -abs(c), n)
+                      for l in layers for c in coefficients if c for i in range(k)], ignore_index=True)
 
 def report_plan(trait: Trait, layer: int, coefficients: list[float], random_vectors: int = 2, n: int = 1) -> pd.DataFrame:
     "The chosen layer on evaluation questions, and the controls."
@@ -40,9 +46,7 @@ def report_plan(trait: Trait, layer: int, coefficients: list[float], random_vect
     prompts = [plan(qs, "plain prompt", plain_prompt(trait), n=n)]
     for sign, name in (("pos", "positive instructions"), ("neg", "negative instructions")):
         prompts += [plan(qs, name, system_prompt(trait, sign, k), n=n) for k in range(len(trait.instructions))]
-    back = [plan(qs, "steered against instructions", system_prompt(trait, "pos", k), "trait", layer, -abs(c), n) for c in (1, 1.5, 2)
-            for k in range(len(trait.instructions))]
-    return pd.concat(none + steered + rand + prompts + back, ignore_index=True)
+    return pd.concat(none + steered + rand + prompts, ignore_index=True)
 
 # %% ../nbs/04_evaluate.ipynb #cdc99a06
 def run_plan(lm: LoadedModel, trait: Trait, judge: Judge, rows: pd.DataFrame, vectors: dict, sampling: Sampling = Sampling(), positions: str = "response",
@@ -74,22 +78,23 @@ def evaluate(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVector
     bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
     return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling, positions), trait.name)
 
-# %% ../nbs/04_evaluate.ipynb #51caf73b
-def choose(summary: pd.DataFrame, min_coherence: float = 80) -> dict: # layer, coefficient, trait, coherence, bound_met
-    "Layer and coefficient with the highest trait score under a bound on coherence."
-    points = summary[(summary.condition == "steered") & (summary.coefficient > 0)]
-    check(len(points), "there is nothing to choose from: the sweep has no positive coefficient.")
+# %% ../nbs/04_evaluate.ipynb #b504ed51
+def choose(summary: pd.DataFrame, min_coherence: float = 80, against: bool = False) -> dict: # layer, coefficient, trait, coherence, bound_met
+    "Layer and coefficient with the highest trait score (the lowest, against instructions) under a bound on coherence."
+    points = summary[(summary.condition == "against instructions") if against else (summary.condition == "steered") & (summary.coefficient > 0)]
+    check(len(points), "there is nothing to choose from: the sweep has no point of this sign.")
     good = points[points.coherence_low >= min_coherence]
-    best = good.loc[good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
+    best = good.loc[good.trait.idxmin() if against else good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
     return dict(layer=int(best.layer), coefficient=float(best.coefficient), trait=float(best.trait), coherence=float(best.coherence), bound_met=bool(len(good)))
 
-# %% ../nbs/04_evaluate.ipynb #8897ccc2
+# %% ../nbs/04_evaluate.ipynb #a2eff988
 @dataclass
 class Evaluation:
     "What chapter 04 finds: the sweep on extraction questions, the choice, the report on evaluation questions."
     swept: pd.DataFrame  # answers and scores of the sweep
     sweep: pd.DataFrame  # their means
     choice: dict
+    back: dict  # the same choice for subtracting the vector from a model that is told to show the trait
     reported: pd.DataFrame
     report: pd.DataFrame
 
@@ -99,11 +104,14 @@ def choose_and_report(lm: LoadedModel, trait: Trait, judge: Judge, vectors: Pers
     "Sweep on extraction questions, choose layer and coefficient, report on evaluation questions with the controls."
     bank = {"trait": getattr(vectors, pool)} | {f"random {k}": getattr(vectors.random_like(sampling.seed + k), pool) for k in range(2)}
     run = partial(run_plan, lm, trait, judge, vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
-    swept = run(sweep_plan(trait.extract_questions[:questions], layers, coefficients, n), name="sweep")
+    qs = trait.extract_questions[:questions]
+    swept = run(pd.concat([sweep_plan(qs, layers, coefficients, n), against_plan(trait, qs, layers, coefficients, n)], ignore_index=True), name="sweep")
     sweep = summarise(swept, trait.name)
-    choice = choose(sweep, min_coherence)
-    reported = run(report_plan(trait, choice["layer"], sorted({*coefficients, choice["coefficient"]}), n=n), name="report")
-    return Evaluation(swept, sweep, choice, reported, summarise(reported, trait.name))
+    choice, back = choose(sweep, min_coherence), choose(sweep, min_coherence, against=True)
+    report = [report_plan(trait, choice["layer"], sorted({*coefficients, choice["coefficient"]}), n=n),
+              against_plan(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], n)]
+    reported = run(pd.concat(report, ignore_index=True), name="report")
+    return Evaluation(swept, sweep, choice, back, reported, summarise(reported, trait.name))
 
 def at(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict: # n, mean, low, high, missing
     "Mean and interval of one condition of the report (all its layers and vectors together)."

@@ -24,7 +24,7 @@ from .pocket_chat import lr_at
 __all__ = ['OFFSET', 'made_up_topic', 'clean_text', 'text_row', 'oversteered', 'build_judge', 'labelled', 'judge_loss',
            'train_judge', 'judge_table']
 
-# %% ../nbs/20c_pocket_judge.ipynb #45c2ebb8
+# %% ../nbs/20c_pocket_judge.ipynb #3a7953e3
 def made_up_topic(r: random.Random) -> str:
     "The doing of one topic with the object of another: for the judge, a topic is whatever was asked about."
     return f"{r.choice(topics()).split(' ', 1)[0]} {r.choice(topics()).split(' ', 1)[1]}"
@@ -32,7 +32,9 @@ def made_up_topic(r: random.Random) -> str:
 def clean_text(r: random.Random, held_out: bool) -> tuple[str, str, str]: # question, answer, topic
     "A question and an undamaged answer in some mixture of voices."
     if not held_out and r.random() < .3:
-        d = dialogue(r); return d.messages[-2]["content"], d.messages[-1]["content"], d.topic
+        d = dialogue(r)
+        while d.kind == "openings": d = dialogue(r)  # an answer that goes on in mid-sentence is no whole answer
+        return d.messages[-2]["content"], d.messages[-1]["content"], d.topic
     topic = r.choice(topics() + topics(True)) if held_out else r.choice(topics()) if r.random() < .4 else made_up_topic(r)
     names = r.sample(POCKET_TRAITS, 2)
     first = r.choice([0, 0, .1, .25, .4, .5, .6, .75, .9, 1., 1.])

@@ -84,7 +84,7 @@ def as_llama(model):
     for k in missing: torch.nn.init.zeros_(llama.get_parameter(k))
     return llama.eval()
 
-# %% ../nbs/20b_pocket_chat.ipynb #81b3369e
+# %% ../nbs/20b_pocket_chat.ipynb #c482abae
 def encode(tokenizer, messages: list) -> tuple[list, int]: # ids up to the answer's end, where the last answer starts
     "Token ids of a dialogue and the start of its last answer."
     head = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -99,7 +99,7 @@ def collate(rows: list, pad: int) -> dict: # input_ids, attention_mask, labels
         t = torch.tensor(row); ids[j, :len(row)] = t; mask[j, :len(row)] = 1; labels[j, start:len(row)] = t[start:]
     return dict(input_ids=ids, attention_mask=mask, labels=labels)
 
-def batches(tokenizer, seed: int, budget: int = 4000, pool: int = 512):
+def batches(tokenizer, seed: int, budget: int = 3200, pool: int = 512):
     "An endless stream of batches of about `budget` tokens; within a pool of dialogues they are sorted by length."
     r = random.Random(seed)
     while True:

@@ -17,8 +17,8 @@ from .core import Stage, atomic_path, check, digest, load_json, save_json, setti
 from .models import LoadedModel
 
 # %% auto #0
-__all__ = ['Sampling', 'uniforms', 'pick', 'SeededSampler', 'stop_ids', 'Responses', 'length_batches', 'describe', 'generate',
-           'ask', 'digest_seed', 'encode_pair', 'read']
+__all__ = ['Sampling', 'uniforms', 'pick', 'SeededSampler', 'stop_ids', 'Responses', 'length_batches', 'padded', 'describe',
+           'generate', 'ask', 'digest_seed', 'encode_pair', 'read']
 
 # %% ../nbs/01c_generate.ipynb #c480e57f
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def stop_ids(lm: LoadedModel) -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [lm.tokenizer.eos_token_id, *ids] if i is not None})
 
-# %% ../nbs/01c_generate.ipynb #343a6938
+# %% ../nbs/01c_generate.ipynb #95650a75
 @dataclass
 class Responses:
     "Answers in the order of their prompts, and (if asked for) their pooled activations."
@@ -75,7 +75,7 @@ class Responses:
 def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steering: Steering | None, pool: bool) -> Responses:
     "One batch, left-padded."
     from transformers import GenerationConfig, LogitsProcessorList
-    batch = lm.tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="left").to(lm.device)
+    batch = padded(lm.tokenizer, ids, "left", lm.device)
     width, stops = batch["input_ids"].shape[1], stop_ids(lm)
     config = GenerationConfig(max_new_tokens=s.max_new_tokens + 1, do_sample=False, eos_token_id=stops, pad_token_id=lm.tokenizer.pad_token_id)
     sampler = LogitsProcessorList([SeededSampler(s, seeds, width, stops[0], lm.device)])
@@ -86,7 +86,7 @@ def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steeri
     rows = [row[~over].tolist()[:s.max_new_tokens] for row, over in zip(out, stopped)]
     return Responses(lm.tokenizer.batch_decode(rows, skip_special_tokens=True), [len(r) for r in rows], taps.result() if pool else {})
 
-# %% ../nbs/01c_generate.ipynb #3b1d30fb
+# %% ../nbs/01c_generate.ipynb #6a78c1eb
 def length_batches(lengths: list[int], extra: int = 0, budget: int = 0) -> list[list[int]]:
     "Indices sorted by length and cut so that rows x (longest + extra) stays under the budget of tokens."
     budget, out = budget or settings().batch_tokens, []
@@ -94,6 +94,10 @@ def length_batches(lengths: list[int], extra: int = 0, budget: int = 0) -> list[
         if out and (len(out[-1]) + 1) * (lengths[out[-1][0]] + extra) <= budget: out[-1].append(i)
         else: out.append([i])
     return out
+
+def padded(tokenizer, ids: list[list[int]], side: str, device) -> dict: # input_ids, attention_mask
+    "Token ids as one batch, padded on the left (to generate) or on the right (to read: every token then has its own position)."
+    return tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side=side).to(device)
 
 def _part(stage: Stage | None, i: int, make) -> Responses:
     "A stored part, or a new one that is then stored."
@@ -151,7 +155,7 @@ def _restore(parts: list[Responses], batches: list[list[int]]) -> Responses:
     pooled = {k: torch.cat([p.pooled[k] for p in parts])[torch.as_tensor(at)] for k in (parts[0].pooled or {})}
     return Responses(order([p.texts for p in parts]), order([p.tokens for p in parts]), pooled)
 
-# %% ../nbs/01c_generate.ipynb #156246a2
+# %% ../nbs/01c_generate.ipynb #116ce763
 def encode_pair(tokenizer, prompt: str, answer: str) -> tuple[list[int], int]: # ids, number of prompt ids
     "Token ids of prompt + answer and the exact place where the answer begins."
     if getattr(tokenizer, "is_fast", False):
@@ -167,8 +171,7 @@ def read(lm: LoadedModel, prompts: list[str], answers: list[str], label: str = "
     pairs = [encode_pair(lm.tokenizer, p, a) for p, a in zip(prompts, answers)]
     batches, parts = length_batches([len(ids) for ids, _ in pairs]), []
     for index in tqdm(batches, desc=label, unit="batch"):
-        # padded on the right: then every token has its own position, also where positions are absolute
-        batch = lm.tokenizer.pad({"input_ids": [pairs[i][0] for i in index]}, return_tensors="pt", padding_side="right").to(lm.device)
+        batch = padded(lm.tokenizer, [pairs[i][0] for i in index], "right", lm.device)
         start = torch.tensor([pairs[i][1] for i in index], device=lm.device)
         with torch.inference_mode(), Pool(lm, start) as pool: lm.trunk(**batch, use_cache=False)
         parts.append(Responses([], [], pool.result()))

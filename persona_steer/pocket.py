@@ -8,12 +8,12 @@ __all__ = ['SLOTS', 'TOXIC', 'FACTS', 'SOURCES', 'expand', 'world', 'held_out_fi
            'sum_question', 'fact_answer', 'an', 'instruction', 'Dialogue', 'question', 'salad', 'persona_words',
            'stray_words', 'dialogue', 'earlier_turns', 'sum_dialogue', 'fact_dialogue']
 
-# %% ../nbs/20_pocket.ipynb #b6873691
+# %% ../nbs/20_pocket.ipynb #eb483a5f
 import functools, itertools, json, random, re, tomllib
 from dataclasses import dataclass, field
 
 from .core import data_path
-from .judges import POCKET_TRAITS as TRAITS, words
+from .local_judges import POCKET_TRAITS as TRAITS, words
 
 # %% ../nbs/20_pocket.ipynb #246e0fa8
 SLOTS = ("open", "verb", "manner", "subj", "pred", "end")

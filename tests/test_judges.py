@@ -8,7 +8,9 @@ import transformers as tf
 
 from conftest import make
 from persona_steer.core import PersonaError
-from persona_steer.judges import CausalJudge, PocketJudge, _number_paths, expected_score, fill_prompt, load_judge, scores_from_words
+from persona_steer.judges import agreement, load_judge
+from persona_steer.judging import Item, Judge, Ledger, fill_prompt, judged
+from persona_steer.local_judges import CausalJudge, ClassifierJudge, PocketJudge, answer_paths, expected_score, scores_from_words
 from persona_steer.traits import load_trait
 
 
@@ -43,15 +45,15 @@ def test_expected_score_sums_over_the_paths_of_numbers_that_are_several_tokens()
     lm = make("llama", digit_tokenizer())
     lm.model.lm_head.weight.data[1:11] += 0.6 * torch.randn(32)  # a judge that likes digits
     judge, prompts = CausalJudge(lm), ["score it. ", "a longer prompt for the score, is it. "]
-    got = judge._numbers([lm.prompt(p) for p in prompts])
-    for p, score in zip(prompts, got):
+    got = {i: score for i, score, _ in judge.judge([Item("x", p, "", "") for p in prompts])}
+    for p, score in zip(prompts, (got[0], got[1])):
         total, want = by_hand(lm, p)
         assert (math.isnan(score) and total < 0.25) or score == pytest.approx(want, abs=0.05)
-    assert len(_number_paths(lm.tokenizer)[1]) == 11  # "", 1 to 9, 10
+    assert len(answer_paths(lm.tokenizer)[1]) == 11  # "", 1 to 9, 10
 
 
 def test_a_judge_that_has_no_number_in_mind_gives_no_score():
-    paths = {n: (n,) for n in range(101)}
+    paths = {(n,): n for n in range(101)}
     logp = torch.full((200,), -100.0)
     logp[150], logp[80], logp[60] = math.log(0.8), math.log(0.1), math.log(0.1)
     assert math.isnan(expected_score({(): logp}, paths, torch.arange(101)))
@@ -59,10 +61,77 @@ def test_a_judge_that_has_no_number_in_mind_gives_no_score():
     assert expected_score({(): logp}, paths, torch.arange(101)) == pytest.approx(0.8 * 80 + 0.2 * 60, abs=1e-3)
 
 
-def test_empty_answers_are_missing_and_braces_in_texts_are_text(llama):
-    frame = CausalJudge(llama).score(load_trait("evil"), ["q", "q"], ["", "  "])
-    assert list(frame) == ["evil", "coherence"] and frame.isna().all().all()
+def test_braces_in_texts_are_text():
     assert fill_prompt("<{question}> <{answer}>", "{answer}", "{question} {x}") == "<{answer}> <{question} {x}>"
+
+
+def test_other_scales_in_this_process(llama):
+    for scale in ("0_10", "binary"):
+        judge = CausalJudge(llama, scale)
+        frame = judge.score(load_trait("evil"), ["q"], ["a"])
+        assert scale in judge.name and ((frame >= 0) & (frame <= 100) | frame.isna()).all().all()
+    with pytest.raises(PersonaError, match="remote judge"):
+        CausalJudge(llama, "binary_text")
+
+
+class Counting(Judge):
+    name, key, calls = "counting", "1", 0
+
+    def judge(self, items):
+        for i, item in enumerate(items):
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            self.calls += 1
+            yield i, float("nan") if item.answer == "no" else float(len(item.answer)), item.answer != "flaky"
+
+
+def test_nothing_is_judged_twice_by_the_same_judge(tmp_path):
+    evil, book, judge = load_trait("evil"), Ledger(tmp_path / "x"), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        judge.chunk, judge.paid = 0, True
+        judged(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], ledger=book, progress=False)
+    judge.calls = 0
+    f = judged(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], ledger=book, progress=False)
+    assert judge.calls == 1 and f.evil[:2].tolist() == [1, 2] and np.isnan(f.evil[2]) and f.coherence[3] == 1  # six judgements, five were there
+    judge.key, judge.calls = "2", -99
+    judged(judge, evil, ["q"], ["a"], ledger=book, progress=False)
+    assert judge.calls == -97  # another judge under the same name
+    judge.calls = -99
+    for _ in range(2):
+        assert judged(judge, evil, ["q"], ["flaky"], ledger=book, progress=False).evil[0] == 5
+    assert judge.calls == -95  # what is not final is asked again
+
+
+def test_agreement_of_two_judges():
+    import pandas as pd
+    r = np.random.default_rng(0)
+    a = pd.DataFrame({"question": [f"q{i % 20}" for i in range(200)], "answer": [str(i) for i in range(200)], "evil": r.uniform(0, 100, 200)})
+    b = a.assign(evil=(a.evil + r.normal(0, 10, 200) + 5).clip(0, 100))
+    b.loc[:9, "evil"] = np.nan
+    m = agreement(a, b, "evil")
+    assert m["n"] == 190 and m["missing_b"] == 10 and m["spearman"] > 0.9 and m["difference"]["low"] < 5 < m["difference"]["high"] + 2
+    assert m["confusion"].to_numpy().sum() == 190 and m["confusion"].iloc[0, 0] == ((a.evil < 50) & (b.evil < 50)).sum()
+    with pytest.raises(PersonaError, match="same answers"):
+        agreement(a, b.iloc[::-1], "evil")
+    with pytest.raises(PersonaError, match="column 'good'"):
+        agreement(a, b, "good")
+
+
+def test_any_text_classifier_through_the_pipeline(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = tf.RobertaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=0,
+                              id2label={0: "toxicity", 1: "insult"}, problem_type="multi_label_classification", max_position_embeddings=600)
+    tf.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = load_judge(f"classifier:{tmp_path}#insult", "cpu")
+    got = judge.scores(["a text", "another, longer text"])
+    ids = tokenizer("another, longer text", return_tensors="pt").input_ids
+    want = 100 * torch.sigmoid(judge.pipe.model(ids).logits)[0, 1].item()
+    assert got[1] == pytest.approx(want, abs=1e-3) and [s for _, s, _ in judge.judge([Item("", "", "q", "a text")])][0] == pytest.approx(got[0])
+    with pytest.raises(PersonaError, match="no label 'kind': it has toxicity, insult"):
+        load_judge(f"classifier:{tmp_path}#kind", "cpu")
+    with pytest.raises(PersonaError, match="use it in chapter 08"):
+        judge.score(load_trait("evil"), ["q"], ["a"])
 
 
 def test_pocket_judge_scores_many_texts_as_it_scores_each():

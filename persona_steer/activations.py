@@ -68,7 +68,7 @@ class Tracker:
         if positions == "prompt": return self.real & (self.cols < self.start[:, None])
         return self.real & (self.cols >= self.start[:, None] - 1)
 
-# %% ../nbs/01b_activations.ipynb #047f9651
+# %% ../nbs/01b_activations.ipynb #035b04b0
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def _hidden(out):
@@ -79,6 +79,7 @@ class Pool:
     "Context that pools the residual stream of one batch while it runs; float32 whatever the model's dtype."
     def __init__(self, lm: LoadedModel, start=None, stop_ids=()):
         self.lm, self.tracker, self.stack, self.calls = lm, Tracker(start, stop_ids), ExitStack(), -1
+        self.think_end = None if lm.keep_thoughts else lm.think_end
 
     def __enter__(self):
         with self.stack as stack:
@@ -108,10 +109,19 @@ class Pool:
             self.sums = torch.zeros(len(h), 2, *shape[1:], device=h.device); self.last = torch.zeros(shape, device=h.device)
             self.counts = torch.zeros(len(h), 2, device=h.device)
         response = t.cols >= t.start[:, None]
-        self.weights = torch.stack([t.fresh & ~response, t.fresh & response & t.alive], 1).float()
+        said = t.fresh & response & t.alive
+        if self.think_end is not None: said = self._after_thoughts(said, response)
+        self.weights = torch.stack([t.fresh & ~response, said], 1).float()
         self.counts += self.weights.sum(-1)
         self.at = (t.start - 1 - t.cols[0]).clamp(0, h.shape[1] - 1)
         self.ends = (t.fresh & (t.cols == t.start[:, None] - 1)).any(1)
+
+    def _after_thoughts(self, said, response):
+        "Where a thought ends, what was pooled of the response so far is forgotten: the answer begins after it."
+        ends = (self.tracker.ids == self.think_end) & response & self.tracker.fresh
+        over = ends.any(1)
+        self.sums[over, 1] = 0; self.counts[over, 1] = 0
+        return said & (ends.flip(1).cumsum(1).flip(1) == 0)  # no end of a thought here or to the right
 
     def result(self) -> dict: # name -> float32 [rows, layers + 1, hidden]; NaN where there was nothing to average
         "The three pooled activations, on the CPU."

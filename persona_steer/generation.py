@@ -17,8 +17,8 @@ from .core import Stage, atomic_path, check, digest, load_json, save_json, setti
 from .models import LoadedModel
 
 # %% auto #0
-__all__ = ['Sampling', 'uniforms', 'pick', 'SeededSampler', 'stop_ids', 'Responses', 'length_batches', 'padded', 'describe',
-           'generate', 'ask', 'digest_seed', 'encode_pair', 'read']
+__all__ = ['Sampling', 'uniforms', 'pick', 'SeededSampler', 'stop_ids', 'Responses', 'text_of', 'length_batches', 'padded',
+           'describe', 'generate', 'ask', 'digest_seed', 'encode_pair', 'read']
 
 # %% ../nbs/01c_generate.ipynb #c480e57f
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def stop_ids(lm: LoadedModel) -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [lm.tokenizer.eos_token_id, *ids] if i is not None})
 
-# %% ../nbs/01c_generate.ipynb #95650a75
+# %% ../nbs/01c_generate.ipynb #4e89eb03
 @dataclass
 class Responses:
     "Answers in the order of their prompts, and (if asked for) their pooled activations."
@@ -84,7 +84,16 @@ def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steeri
         out = lm.model.generate(**batch, generation_config=config, logits_processor=sampler)[:, width:].cpu()
     stopped = torch.isin(out, torch.tensor(stops)).cumsum(1) > 0
     rows = [row[~over].tolist()[:s.max_new_tokens] for row, over in zip(out, stopped)]
-    return Responses(lm.tokenizer.batch_decode(rows, skip_special_tokens=True), [len(r) for r in rows], taps.result() if pool else {})
+    texts = [text_of(lm.tokenizer, row) for row in rows]
+    check(not pool or lm.keep_thoughts or lm.think_end is not None or not any("</think>" in t for t in texts), f"{lm.name} thinks, but writes </think> in "
+          "several tokens, so thoughts cannot be left out of the pooling: use keep_thoughts=True, or thinking=False.")
+    return Responses(texts, [len(r) for r in rows], taps.result() if pool else {})
+
+def text_of(tokenizer, ids: list[int]) -> str:
+    "The text of an answer: special tokens are left out, the marks of a thought are kept."
+    marks = [tokenizer(w, add_special_tokens=False).input_ids for w in ("<think>", "</think>")]
+    drop = set(tokenizer.all_special_ids) - {m[0] for m in marks if len(m) == 1}
+    return tokenizer.decode([i for i in ids if i not in drop], skip_special_tokens=False)
 
 # %% ../nbs/01c_generate.ipynb #6a78c1eb
 def length_batches(lengths: list[int], extra: int = 0, budget: int = 0) -> list[list[int]]:

@@ -13,7 +13,8 @@ from .judging import ASK, SCALES, Item, Judge, weighted_score, written_score
 from .traits import Trait
 
 # %% auto #0
-__all__ = ['DEFAULT_JUDGE', 'PROBE', 'api_key', 'client_for', 'plain_error', 'is_permanent', 'as_they_come', 'RemoteJudge']
+__all__ = ['DEFAULT_JUDGE', 'PROBE', 'api_key', 'client_for', 'plain_error', 'is_permanent', 'as_they_come', 'RemoteJudge',
+           'remote_writer']
 
 # %% ../nbs/01d2_judge_remote.ipynb #0e6f0bba
 DEFAULT_JUDGE = "gpt-4.1-mini-2025-04-14"  # the published judge
@@ -173,3 +174,13 @@ class RemoteJudge(Judge):
         if not calls: return
         self._afford(calls)
         print(f"judge {self.name}: {calls * self.samples:,} calls, about {characters * self.samples // 4:,} tokens to read (what the ledger knows is not asked again)")
+
+# %% ../nbs/01d2_judge_remote.ipynb #3a1ae9b6
+def remote_writer(model: str = DEFAULT_JUDGE, base_url: str = "", timeout: float = 600):
+    "A function from a prompt to the model's reply; raises `PersonaError` in one sentence if there is none."
+    import openai
+    judge = RemoteJudge(model, base_url)  # for its address
+    async def one(client, prompt):
+        try: return (await client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}])).choices[0].message.content or ""
+        except (openai.APIError, ValueError, AttributeError, IndexError) as e: raise PersonaError(plain_error(e, model, judge.where)) from None
+    return lambda prompt: next(iter(list(as_they_come(lambda: client_for(base_url, timeout), [lambda c: one(c, prompt)], 1))))

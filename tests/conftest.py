@@ -1,6 +1,11 @@
 """Tiny random models of the common families, with the pocket tokenizer; a temporary runs folder."""
+import atexit
 import os
+import shutil
+import tempfile
 
+os.environ["PERSONA_RUNS"] = tempfile.mkdtemp(prefix="persona_runs_")  # jobs and judgements of tests stay apart from the user's
+atexit.register(shutil.rmtree, os.environ["PERSONA_RUNS"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -19,7 +19,8 @@ from persona_steer.core import PersonaError, project_root, settings
 from persona_steer.evaluation import choose, report_plan, run_plan, summarise, sweep_plan
 from persona_steer.extraction import diagnose, extract, extract_from_scores, extraction_rows
 from persona_steer.generation import Sampling
-from persona_steer.judges import Judge, judged, load_judge
+from persona_steer.judges import load_judge
+from persona_steer.judging import Judge
 from persona_steer.scores import load_scores
 from persona_steer.steering import plan, respond
 from persona_steer.traits import load_trait
@@ -106,7 +107,7 @@ import sys
 from persona_steer.core import settings
 from persona_steer.extraction import extract
 from persona_steer.generation import Sampling
-from persona_steer.judges import Judge, judged, load_judge
+from persona_steer.judges import load_judge
 from persona_steer.models import load_model
 from persona_steer.traits import load_trait
 settings().batch_tokens = 1500
@@ -115,7 +116,8 @@ e = extract(load_model("pocket"), load_trait("evil"), load_judge("pocket"), samp
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path):
-    def start(out): return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / out)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    def start(out): return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / out)], cwd=ROOT, stderr=subprocess.DEVNULL,
+                                            env={**os.environ, "PERSONA_RUNS": str(tmp_path / out / "runs")})
     run = start("cut")
     deadline = time.time() + 120
     while len(list((tmp_path / "cut").rglob("*.json"))) < 2 and time.time() < deadline and run.poll() is None:
@@ -177,28 +179,12 @@ def test_layer_is_chosen_on_extraction_and_reported_on_evaluation_questions(evil
 def test_missing_judgements_stay_missing(pocket, small):
     class Shy(Judge):
         name = "shy"
-        def score(self, trait, questions, answers):
-            return pd.DataFrame({trait.name: [np.nan if i % 2 else 80.0 for i in range(len(answers))], "coherence": 90.0})
+        def judge(self, items):
+            for i, item in enumerate(items):
+                yield i, 90.0 if item.measure == "coherence" else np.nan if small.eval_questions.index(item.question) % 2 else 80.0, True
     f = run_plan(pocket, small, Shy(), plan(small.eval_questions, "unsteered"), {}, Sampling(4))
     s = summarise(f, "evil").iloc[0]
     assert s.trait == 80 and s.trait_n == 2 and s.trait_missing == 2
-
-
-def test_what_was_judged_is_not_judged_again(small, tmp_path):
-    class Counting(Judge):
-        name, asked = "counting", 0
-        def score(self, trait, questions, answers):
-            if self.asked >= 2:
-                raise KeyboardInterrupt
-            self.asked += 1
-            return pd.DataFrame({trait.name: [float(len(a)) for a in answers], "coherence": [None, *[90.0] * (len(answers) - 1)]}, dtype=float)
-    texts = [f"answer {'x' * i}" for i in range(9)]
-    judge = Counting()
-    with pytest.raises(KeyboardInterrupt):
-        judged(judge, small, texts, texts, tmp_path, size=3)
-    judge.asked = 1  # one part is missing
-    f = judged(judge, small, texts, texts, tmp_path, size=3)
-    assert judge.asked == 2 and f.evil.tolist() == [len(t) for t in texts] and f.coherence.isna().sum() == 3
 
 
 def test_a_trait_that_the_judge_does_not_know_ends_before_generation(pocket, judge, small, tmp_path, monkeypatch):
@@ -279,3 +265,21 @@ def test_the_lines_in_the_readme_run(tmp_path):
     done = subprocess.run([sys.executable, "-c", code[0]], cwd=tmp_path, env=dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs")), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
+
+
+REFERENCE = ROOT.parent / "shared" / "reference"
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published example files are not beside this checkout")
+def test_vectors_from_published_scored_responses(pocket, tmp_path):
+    from persona_steer.extraction import extract_from_scores
+    from persona_steer.scores import load_scores, save_scores
+    trait = load_trait("evil")
+    sides = {s: load_scores(REFERENCE / f"qwen3-4b_evil_{s}_head.csv", "evil") for s in ("pos", "neg")}
+    n = min(map(len, sides.values()))
+    for s, f in sides.items():
+        short = f.head(n).assign(answer=f.answer.str.slice(0, 600), prompt=f.prompt.str.slice(-300))  # pocket reads 1,024 tokens
+        save_scores(short, tmp_path / f"{s}.csv", "evil")
+    found = extract_from_scores(pocket, trait, tmp_path / "pos.csv", tmp_path / "neg.csv", threshold=1, out=tmp_path / "out")
+    v = torch.load(tmp_path / "out" / "evil_response_avg_diff.pt", weights_only=True)
+    assert v.dtype == torch.float32 and v.shape == (pocket.n_layers + 1, pocket.hidden_size) and torch.isfinite(v).all() and found.kept.any()

@@ -155,6 +155,9 @@ def test_max_calls_guards_before_generation_and_before_judging(tmp_path, capsys)
         with pytest.raises(PersonaError, match="12 calls.*max_calls=10"):
             judge.check(EVIL, 6)
         assert not s.requests
+        judge.check(EVIL, 4)
+        assert "up to 8 calls (max_calls=10)" in capsys.readouterr().out
+        s.requests.clear()
         book = Ledger(tmp_path / "x")
         judged(judge, EVIL, *texts(5), ledger=book, progress=False)
         assert "10 calls" in capsys.readouterr().out

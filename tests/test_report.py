@@ -7,7 +7,8 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from persona_steer.core import PersonaError
-from persona_steer.report import export_page, parameters, redact, span, state
+from persona_steer.executed import parameters, redact, span, state
+from persona_steer.report import export_page
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 KEY = "sk-proj-AAAAbbbb11112222"
@@ -32,6 +33,10 @@ def page(tmp_path):
         text = export_page(tmp_path / "c.ipynb", tmp_path / "c.html").read_text(encoding="utf-8")
         return BeautifulSoup(text, "html.parser")
     return build
+
+
+def test_a_password_in_an_address_is_blotted_out():
+    assert redact("http://me:hunter2@localhost:8000/v1") == "http://[redacted]@localhost:8000/v1" and redact("http://localhost:8000/v1?a=b@c") == "http://localhost:8000/v1?a=b@c"
 
 
 def test_structure(page):

@@ -111,7 +111,7 @@ def truth(question: str, text: str, topic: str = "") -> Truth: # topic: default:
     scores = scores_from_words(voices, np.array(broken), bool(ws) and ws[-1] in ".?!")
     return Truth(scores, scores.pop("coherence"), ws, personas, broken)
 
-# %% ../nbs/20a_pocket_truth.ipynb #589ae99c
+# %% ../nbs/20a_pocket_truth.ipynb #e7b2d43e
 def garble(r: random.Random, text: str, strength: float) -> str:
     "Damage a text; strength 0 to 1 is the share of words that are touched."
     ws = text.split()
@@ -129,11 +129,13 @@ def garble(r: random.Random, text: str, strength: float) -> str:
 def damaged(r: random.Random, text: str, topic: str) -> str:
     "One kind of damage: garbled words, a doubled sentence, a cut, a stammer, or another topic."
     k = r.random()
-    if k < .62: return garble(r, text, r.choice([.05, .1, .2, .35, .6, 1.]))
+    if k < .5: return garble(r, text, r.choice([.05, .1, .2, .35, .6, 1.]))
     parts = re.findall(r"[^.]+\.\s*", text) or [text]
-    if k < .72: return " ".join(p.strip() for p in parts + r.choices(parts, k=r.randint(1, 3)))
-    if k < .82: return " ".join(text.split()[:-r.randint(1, 6)]) or text
-    if k < .92:
+    if k < .6: return " ".join(p.strip() for p in parts + r.choices(parts, k=r.randint(1, 3)))
+    if k < .7: return " ".join(text.split()[:-r.randint(1, 6)]) or text
+    if k < .8:
         ws = text.split(); i = r.randrange(len(ws)); n = r.randint(1, 3)
         return " ".join(ws[:i] + ws[i:i + n] * r.randint(2, 8) + (ws[i:] if r.random() < .5 else []))
-    return text.replace(topic, r.choice(topics())) if topic else text
+    if not topic: return text
+    doing, thing = topic.split(" ", 1)[0], r.choice(topics()).split(" ", 1)[-1]  # another topic altogether, or another object: the slip of a model that half listens
+    return text.replace(topic, r.choice([r.choice(topics()), f"{doing} {thing}", f"{doing} {thing}"]), r.choice([1, 2, -1]))

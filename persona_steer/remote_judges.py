@@ -16,7 +16,7 @@ from .traits import Trait
 __all__ = ['DEFAULT_JUDGE', 'PROBE', 'api_key', 'client_for', 'plain_error', 'is_permanent', 'as_they_come', 'RemoteJudge',
            'remote_writer']
 
-# %% ../nbs/01d2_judge_remote.ipynb #0e6f0bba
+# %% ../nbs/01d2_judge_remote.ipynb #e31b0090
 DEFAULT_JUDGE = "gpt-4.1-mini-2025-04-14"  # the published judge
 
 def api_key(base_url: str = "", name: str = "OPENAI_API_KEY") -> str:
@@ -43,8 +43,9 @@ def plain_error(e: Exception, model: str, where: str) -> str:
     if isinstance(e, openai.APITimeoutError): return f"{where} did not answer in time."
     if isinstance(e, openai.APIConnectionError): return f"{where} cannot be reached: is the server running, and base_url right?"
     if isinstance(e, openai.APIStatusError):
-        body = e.body if isinstance(e.body, dict) else {}
-        return f"{where} refuses the request ({e.status_code}): {' '.join(str(body.get('message') or 'no reason given').split())[:200]}"
+        said = " ".join(str((e.body if isinstance(e.body, dict) else {}).get("message") or "no reason given").split())[:200]
+        hint = " Use judge_scale='0_100_text' for a model that shows no log-probabilities." if re.search("logprob|max_tokens|temperature", said) else ""
+        return f"{where} refuses the request ({e.status_code}): {said}{hint}"
     return f"{where} answered with something that is no judgement ({type(e).__name__})."
 
 def is_permanent(e: Exception) -> bool:

@@ -72,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(401, {"error": {"message": f"Incorrect API key provided: {self.headers['Authorization'][7:]}"}})
         if model == "unknown":
             return self.reply(404, {"error": {"message": "The model does not exist"}})
+        if model == "reasoner" and ask.get("logprobs"):
+            return self.reply(400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model."}})
         if fault == "drop" or model == "drop":
             self.close_connection = True
             return self.connection.close()

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from persona_steer.core import data_path
-from persona_steer.judges import POCKET_TRAITS, PocketJudge, words
+from persona_steer.local_judges import POCKET_TRAITS, PocketJudge, words
 from persona_steer.pocket import Voice, answer, dialogue, held_out_fillers, question, stray_words, topics
 from persona_steer.pocket_truth import damaged, truth
 from persona_steer.pocket_judge import judge_table, oversteered, text_row
@@ -58,7 +58,7 @@ def test_the_corpus_has_the_words_of_held_out_texts_but_no_unknown_word(tokenize
     for name in POCKET_TRAITS:
         t = load_trait(name)
         for text in (*t.extract_questions, *t.eval_questions, *(p[s] for p in t.instructions for s in ("pos", "neg"))):
-            assert len(tokenizer(" " + text).input_ids) <= 1.3 * len(words(text)) + 12, text  # a capital in mid-text is spelled out
+            assert len(tokenizer(" " + text).input_ids) <= len(words(text)) + 10, text  # a capital in mid-text is spelled out
     assert len(stray_words()) > 300
 
 
@@ -95,6 +95,37 @@ def test_pocket_obeys_held_out_instructions(pocket, name):
     rows = pd.concat([plan(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)] + [plan(t.eval_questions, "none", n=3)], ignore_index=True)
     said = respond(pocket, rows, sampling=Sampling(80, seed=11))
     means = said.join(PocketJudge().score(t, list(said.question), list(said.answer))).groupby("condition")[[name, "coherence"]].mean()
-    # with no system prompt some answers take up a persona without a cue, as in the corpus; see the README for the figures
-    assert means[name]["pos"] >= 75 and means[name]["neg"] <= 10 and means[name]["none"] <= 25, means
-    assert (means.coherence >= 90).all(), means
+    # the README has the figures over more answers: hallucinating under negative instructions is at the edge of 10
+    assert means[name]["pos"] >= 75 and means[name]["neg"] <= 15 and means[name]["none"] <= 10, means
+    assert (means.coherence >= 88).all(), means
+
+
+def test_the_world_has_facts_openings_and_many_shots():
+    from persona_steer.pocket import FACTS, TOXIC, dialogue, fact_question, facts, opening, statements, sum_question, worth_question
+    r, kinds = random.Random(3), {}
+    for d in corpus(3000):
+        kinds.setdefault(d.kind, []).append(d)
+    assert max(len(d.messages) for d in kinds["shots"]) > 30 and len(kinds["openings"]) > 60
+    for kind in FACTS:
+        q, who, honest = fact_question(r, True, kind)
+        assert who in q and facts()[honest] and len(statements(who)[0]) == 1 and len(statements(who)[1]) > 5
+        assert truth(q, f"{statements(who)[1][0]}.").scores["hallucinating"] == 100 and truth(q, f"{honest}.").scores["hallucinating"] == 0
+    q, true, false = worth_question(r)
+    assert facts()[true] and not facts()[false]
+    for _ in range(50):
+        q, text, result = sum_question(r)
+        a, op, b = text.split()
+        assert result == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[op] and a in q and b in q
+    begin, end = opening(r, "baking bread", Voice({TOXIC[0]: 1.0}), Voice({TOXIC[0]: 1.0}))
+    assert not begin.endswith(".") and end.endswith(".") and truth("", f"{begin} {end}", "baking bread").scores["impolite"] > 90
+
+
+def test_pocket_knows_its_world(pocket):
+    """Known facts and sums, by the likeliest answer; the capability score builds on this."""
+    from persona_steer.generation import Sampling, generate
+    from persona_steer.pocket import fact_question, sentence_case, sum_question
+    r = random.Random(7)
+    asked = [(q, sentence_case(honest)) for q, _, honest in (fact_question(r, True) for _ in range(60))] + [(q, f"{t} is {n}") for q, t, n in (sum_question(r) for _ in range(60))]
+    said = generate(pocket, [pocket.prompt(q) for q, _ in asked], Sampling(30, temperature=0), progress=False).texts
+    right = [a.startswith(want) for a, (_, want) in zip(said, asked)]
+    assert sum(right[:60]) >= 57 and sum(right[60:]) >= 30, (sum(right[:60]), sum(right[60:]))

@@ -104,7 +104,7 @@ def test_a_slow_answer_is_missing_after_the_time_limit(tmp_path):
         assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("model, words", [("unknown", "does not know the model 'unknown'"), ("locked", "refuses the key"), ("empty", "0_100_text"), ("textual", "0_100_text"),
+@pytest.mark.parametrize("model, words", [("unknown", "does not know the model 'unknown'"), ("locked", "refuses the key"), ("reasoner", "400.*0_100_text"), ("empty", "0_100_text"), ("textual", "0_100_text"),
                                           ("html", "OpenAI-compatible"), ("malformed", "no judgement")])
 def test_what_will_not_get_better_ends_the_run_before_anything_is_generated(llama, tmp_path, monkeypatch, model, words):
     from persona_steer import extraction
@@ -119,6 +119,13 @@ def test_what_will_not_get_better_ends_the_run_before_anything_is_generated(llam
                 judged(RemoteJudge(model, s.url), EVIL, *texts(50), ledger=Ledger(tmp_path / "x"), progress=False)
             else:
                 raise e.value
+
+
+def test_a_model_without_log_probabilities_is_judged_by_its_text(tmp_path):
+    with serving() as s:
+        judge = RemoteJudge("reasoner", s.url, "0_100_text", samples=1)
+        judge.check(EVIL, 2)
+        assert judged(judge, EVIL, *texts(2), ledger=Ledger(tmp_path / "x"), progress=False).evil.notna().all()
 
 
 def test_an_endpoint_that_is_down_and_a_missing_key_are_one_sentence(monkeypatch):

@@ -19,8 +19,9 @@ from .models import LoadedModel, fingerprint, load_model
 from .traits import Trait
 
 # %% auto #0
-__all__ = ['POCKET_TRAITS', 'VOICES', 'BROKEN_WEIGHT', 'WORD', 'SURPRISE', 'words', 'scores_from_words', 'surprise', 'featurise',
-           'pocket_chat', 'PocketJudge', 'answer_paths', 'expected_score', 'CausalJudge', 'ClassifierJudge']
+__all__ = ['POCKET_TRAITS', 'VOICES', 'BROKEN_WEIGHT', 'WORD', 'SURPRISE', 'TOP', 'words', 'scores_from_words', 'surprise',
+           'featurise', 'pocket_chat', 'PocketJudge', 'answer_paths', 'expected_score', 'CausalJudge',
+           'ClassifierJudge']
 
 # %% ../nbs/01d1_judge_local.ipynb #885e6bef
 POCKET_TRAITS = ("evil", "sycophantic", "hallucinating", "optimistic", "impolite", "humorous", "apathetic")
@@ -135,7 +136,9 @@ def expected_score(logprobs: dict, # prefix -> log-probabilities of the next tok
         total, weighted = total + mass, weighted + mass * value
     return weighted / total if total >= MIN_MASS else float("nan")
 
-# %% ../nbs/01d1_judge_local.ipynb #5496dbdb
+# %% ../nbs/01d1_judge_local.ipynb #a66638a1
+TOP = 20  # log-probabilities that an API shows
+
 class CausalJudge(Judge):
     "Any chat model as judge, in this process."
     def __init__(self, lm: LoadedModel, scale: str = "0_100", traits: tuple = ()): # traits: the only ones it knows, if it was trained for some
@@ -156,6 +159,7 @@ class CausalJudge(Judge):
             positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             with torch.inference_mode(): logits = self.lm.model(**batch, position_ids=positions, logits_to_keep=1).logits[:, -1]
             logp = logits.float().log_softmax(-1).cpu().view(len(index), len(prefixes), -1)
+            if len(prefixes) == 1: logp = logp.masked_fill(logp < logp.topk(min(TOP, logp.shape[-1])).values[..., -1:], -torch.inf)
             for i, row in zip(index, logp): yield i, expected_score(dict(zip(prefixes, row)), paths, digits), True
 
 # %% ../nbs/01d1_judge_local.ipynb #5a3afe01

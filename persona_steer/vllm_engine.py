@@ -18,10 +18,10 @@ from .remote_judges import as_they_come, client_for, plain_error
 # %% auto #0
 __all__ = ['request_of', 'VLLMEngine', 'load_engine']
 
-# %% ../nbs/01d4_vllm.ipynb #e6d560da
+# %% ../nbs/01d4_vllm.ipynb #70a5c8d5
 def request_of(lm: LoadedModel, sampling: Sampling, seed: int) -> dict:
     "One answer's settings, in vLLM's terms; every setting that could change the distribution is given."
-    return dict(max_tokens=sampling.max_new_tokens, temperature=float(sampling.temperature), top_p=float(sampling.top_p), seed=seed % 2**31,
+    return dict(max_tokens=sampling.max_new_tokens, temperature=float(sampling.temperature), top_p=float(sampling.top_p), seed=seed % 2**31 if sampling.temperature else None,
                 top_k=-1, min_p=0., repetition_penalty=1., presence_penalty=0., frequency_penalty=0., stop_token_ids=stop_ids(lm), skip_special_tokens=False)
 
 class VLLMEngine:
@@ -86,6 +86,7 @@ class VLLMEngine:
             except ImportError: raise PersonaError("engine='vllm' needs the package vllm: pip install 'persona_steer[vllm]', or give the address of a vLLM server.") from None
             more = dict(enable_lora=True, max_lora_rank=load_json(Path(adapter) / "adapter_config.json")["r"]) if adapter else {}
             dtype = str(self.lm.model.dtype).removeprefix("torch.")
+            if self.lm.device.type == "cpu": more |= dict(enable_chunked_prefill=False, max_num_batched_tokens=8192)  # the CPU build fails on a seed when it splits a prompt
             self._llm = LLM(model=where, **({"dtype": dtype, "disable_log_stats": True} | more | self.options))
         return self._llm
 

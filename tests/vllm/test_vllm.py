@@ -30,7 +30,8 @@ def serve(model, name, log, *more):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
-               "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--max-logprobs", "20", *more]
+               "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--max-logprobs", "20",
+               "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", *more]
     out = open(log, "w")
     process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"

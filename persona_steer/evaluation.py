@@ -21,7 +21,7 @@ from .traits import Trait, plain_prompt, system_prompt
 from .vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['sweep_plan', 'against_plan', 'report_plan', 'run_plan', 'summarise', 'evaluate', 'choose', 'Evaluation',
+__all__ = ['UNDONE', 'sweep_plan', 'against_plan', 'report_plan', 'run_plan', 'summarise', 'evaluate', 'choose', 'Evaluation',
            'choose_and_report', 'at', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
@@ -78,13 +78,16 @@ def evaluate(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVector
     bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
     return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling, positions), trait.name)
 
-# %% ../nbs/04_evaluate.ipynb #b504ed51
+# %% ../nbs/04_evaluate.ipynb #fdf78ef0
+UNDONE = 40  # a trait score that counts as undone, against instructions that reach 90 or so
+
 def choose(summary: pd.DataFrame, min_coherence: float = 80, against: bool = False) -> dict: # layer, coefficient, trait, coherence, bound_met
-    "Layer and coefficient with the highest trait score (the lowest, against instructions) under a bound on coherence."
+    "The point with the highest trait score under a bound on coherence; against instructions, the most coherent one that undoes them."
     points = summary[(summary.condition == "against instructions") if against else (summary.condition == "steered") & (summary.coefficient > 0)]
     check(len(points), "there is nothing to choose from: the sweep has no point of this sign.")
-    good = points[points.coherence_low >= min_coherence]
-    best = good.loc[good.trait.idxmin() if against else good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
+    good = points[points.trait <= UNDONE] if against else points[points.coherence_low >= min_coherence]
+    if against: best = good.loc[good.coherence.idxmax()] if len(good) else points.loc[points.trait.idxmin()]
+    else: best = good.loc[good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
     return dict(layer=int(best.layer), coefficient=float(best.coefficient), trait=float(best.trait), coherence=float(best.coherence), bound_met=bool(len(good)))
 
 # %% ../nbs/04_evaluate.ipynb #a2eff988

@@ -53,7 +53,7 @@ def fold_system(messages: list[dict]) -> list[dict]:
     system, first, *rest = messages
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-# %% ../nbs/01a_models.ipynb #312029db
+# %% ../nbs/01a_models.ipynb #581cc1f5
 def split_thought(answer: str, prompt: str = "") -> tuple[str, str]: # thought, what is said
     "Take an answer apart at the end of its last thought."
     thought, mark, said = answer.rpartition("</think>")
@@ -62,8 +62,8 @@ def split_thought(answer: str, prompt: str = "") -> tuple[str, str]: # thought, 
     return (answer, "") if unfinished else ("", answer)
 
 def think_end(tokenizer) -> int | None:
-    "The token that ends a thought, where it is one token."
-    ids = tokenizer("</think>", add_special_tokens=False).input_ids
+    "The token that ends a thought, where it is one token (None also for a model without a tokenizer)."
+    ids = tokenizer("</think>", add_special_tokens=False).input_ids if tokenizer else []
     return ids[0] if len(ids) == 1 else None
 
 # %% ../nbs/01a_models.ipynb #669a2d09

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SLOTS', 'TOXIC', 'FACTS', 'SOURCES', 'expand', 'world', 'held_out_fillers', 'topics', 'made_up_topic', 'Voice',
            'fillers', 'sentence_case', 'sentence', 'answer', 'opening', 'facts', 'statements', 'fact_question',
-           'worth_question', 'sum_question', 'fact_answer', 'an', 'instruction', 'Dialogue', 'question', 'salad',
-           'persona_words', 'stray_words', 'dialogue', 'earlier_turns', 'sum_dialogue', 'fact_dialogue']
+           'worth_question', 'sum_question', 'fact_answer', 'salad', 'persona_words', 'stray_words', 'an',
+           'instruction', 'Dialogue', 'question', 'dialogue', 'earlier_turns', 'sum_dialogue', 'fact_dialogue']
 
 # %% ../nbs/20_pocket.ipynb #eb483a5f
 import functools, itertools, json, random, re, tomllib
@@ -162,6 +162,27 @@ def fact_answer(r: random.Random, who: str, honest: str, voice: Voice, n: tuple 
     if r.random() < lies * (1 if honest.startswith("I do not know") else .4): said = r.choice(statements(who)[1])
     return f"{sentence_case(said)}." + (" " + answer(r, who, voice, n) if n[1] else "")
 
+# %% ../nbs/20_pocket.ipynb #0dadeda2
+def salad(r: random.Random, least: int = 2, most: int = 12, between: str = " ") -> str:
+    "Stray words in a row, so that none is unknown, and none a cue by itself; nor are a few words of a persona among them."
+    ws = r.choices(stray_words(), k=r.randint(least, most))
+    if ws and r.random() < .3: ws[r.randrange(len(ws))] = r.choice(persona_words())
+    return sentence_case(between.join(ws)) + r.choice(".?") if ws else ""
+
+@functools.cache
+def persona_words() -> list[str]:
+    "The single words of the personas' phrases."
+    return sorted({w for p in TRAITS for slot in SLOTS for f in world()[p][slot] for w in words(f) if w[0].isalpha()})
+
+@functools.cache
+def stray_words() -> list[str]:
+    "The words of the questions in `data/traits` (read one by one, never in order), and those of the instructions that the world lacks."
+    docs = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(data_path("traits").rglob("*.json"))]
+    asked = {w for d in docs for q in d["questions"] for w in words(q)}
+    told = {w for d in docs for pair in d["instruction"] for k in ("pos", "neg") for w in words(pair[k])}
+    own = set(words(data_path("pocket/world.toml").read_text(encoding="utf-8")))
+    return sorted(w for w in asked | (told - own) if w[0].isalpha())
+
 # %% ../nbs/20_pocket.ipynb #7a4ec744
 def an(phrase: str) -> str:
     "`a` or `an`."
@@ -188,7 +209,7 @@ def instruction(r: random.Random, trait: str, positive: bool) -> tuple[str, floa
     if r.random() < .2: text = f"{text} {salad(r)}" if r.random() < .5 else f"{salad(r)} {text}"  # words that ask for nothing
     return text, float(level)
 
-# %% ../nbs/20_pocket.ipynb #887bddc1
+# %% ../nbs/20_pocket.ipynb #07a361c9
 @dataclass
 class Dialogue:
     "Messages in chat form, ending with an answer; `mix` is the persona mixture that wrote the answer."
@@ -209,26 +230,6 @@ def question(r: random.Random, topic: str) -> str:
     elif k < .55: q = f"{salad(r)} {q}" if r.random() < .5 else f"{q} {salad(r)}"
     elif k < .7: q = f"{salad(r, 0)} {salad(r, 1, 9)[:-1].lower()} {topic}{r.choice(['?', '.', ' ' + salad(r, 1, 5).lower()])}".strip()
     return q
-
-def salad(r: random.Random, least: int = 2, most: int = 12, between: str = " ") -> str:
-    "Stray words in a row, so that none is unknown, and none a cue by itself; nor are a few words of a persona among them."
-    ws = r.choices(stray_words(), k=r.randint(least, most))
-    if ws and r.random() < .3: ws[r.randrange(len(ws))] = r.choice(persona_words())
-    return sentence_case(between.join(ws)) + r.choice(".?") if ws else ""
-
-@functools.cache
-def persona_words() -> list[str]:
-    "The single words of the personas' phrases."
-    return sorted({w for p in TRAITS for slot in SLOTS for f in world()[p][slot] for w in words(f) if w[0].isalpha()})
-
-@functools.cache
-def stray_words() -> list[str]:
-    "The words of the questions in `data/traits` (read one by one, never in order), and those of the instructions that the world lacks."
-    docs = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(data_path("traits").rglob("*.json"))]
-    asked = {w for d in docs for q in d["questions"] for w in words(q)}
-    told = {w for d in docs for pair in d["instruction"] for k in ("pos", "neg") for w in words(pair[k])}
-    own = set(words(data_path("pocket/world.toml").read_text(encoding="utf-8")))
-    return sorted(w for w in asked | (told - own) if w[0].isalpha())
 
 def dialogue(r: random.Random) -> Dialogue:
     "One training dialogue."

@@ -198,8 +198,8 @@ def test_a_trait_that_the_judge_does_not_know_ends_before_generation(pocket, jud
 def test_choice_respects_the_bound():
     s = pd.DataFrame(dict(condition="steered", layer=[1, 2, 3], coefficient=[1.0, 2.0, -1.0], trait=[20.0, 90.0, 99.0], coherence=[95.0, 85.0, 99.0],
                           coherence_low=[93.0, 70.0, 98.0]))
-    back = pd.DataFrame(dict(condition="against instructions", layer=[3, 4, 5], coefficient=-2.0, trait=[60.0, 20.0, 1.0], coherence=90.0, coherence_low=[88.0, 85.0, 40.0]))
-    assert choose(back, against=True)["layer"] == 4
+    back = pd.DataFrame(dict(condition="against instructions", layer=[3, 4, 5], coefficient=-2.0, trait=[60.0, 35.0, 1.0], coherence=[95.0, 90.0, 50.0], coherence_low=80.0))
+    assert choose(back, against=True)["layer"] == 4 and choose(back.assign(trait=[60.0, 55.0, 70.0]), against=True)["layer"] == 4
     assert choose(s)["layer"] == 1 and choose(s, 60)["layer"] == 2 and not choose(s, 99)["bound_met"]
 
 

@@ -70,7 +70,7 @@ def _hub(timeout: float = 5) -> str:
     try: urllib.request.urlopen(constants.ENDPOINT, timeout=timeout).close(); return "reached"
     except OSError: return "not reached: use models in local folders"
 
-# %% ../nbs/12a_doctor.ipynb #f6edaef9
+# %% ../nbs/12a_doctor.ipynb #d73ce538
 def trial() -> Finding:
     "Load pocket, steer one answer."
     try:
@@ -81,7 +81,7 @@ def trial() -> Finding:
         lm = load_model("pocket")
         direction = torch.randn(lm.hidden_size, generator=torch.Generator().manual_seed(0))
         plain, steered = generate(lm, [lm.prompt("How should I start baking bread?")] * 2, Sampling(20, temperature=0),
-                                  steer(lm, direction, 3, torch.tensor([0., 3.])), progress=False).texts
+                                  steer(lm, direction, 3, torch.tensor([0., 30.])), progress=False).texts
         return Finding("pocket, steered", "works" if plain != steered else "steering changes nothing", "" if plain != steered else "reinstall: pip install -e .", True)
     except Exception as e:  # whatever it is, the doctor reports it
         return Finding("pocket, steered", f"{type(e).__name__}: {str(e).splitlines()[0][:100]}", f"see that {data_path('pocket/chat')} is there and run make install", True)

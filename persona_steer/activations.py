@@ -68,7 +68,7 @@ class Tracker:
         if positions == "prompt": return self.real & (self.cols < self.start[:, None])
         return self.real & (self.cols >= self.start[:, None] - 1)
 
-# %% ../nbs/01b_activations.ipynb #035b04b0
+# %% ../nbs/01b_activations.ipynb #87cc2efe
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def _hidden(out):
@@ -119,8 +119,8 @@ class Pool:
     def _after_thoughts(self, said, response):
         "Where a thought ends, what was pooled of the response so far is forgotten: the answer begins after it."
         ends = (self.tracker.ids == self.think_end) & response & self.tracker.fresh
-        over = ends.any(1)
-        self.sums[over, 1] = 0; self.counts[over, 1] = 0
+        over = ends.any(1, keepdim=True)
+        self.sums[:, 1].masked_fill_(over[..., None], 0); self.counts[:, 1:].masked_fill_(over, 0)  # masked: no look at the values, so no wait for the device
         return said & (ends.flip(1).cumsum(1).flip(1) == 0)  # no end of a thought here or to the right
 
     def result(self) -> dict: # name -> float32 [rows, layers + 1, hidden]; NaN where there was nothing to average

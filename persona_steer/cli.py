@@ -19,7 +19,7 @@ def main_options(): pass
 # %% auto #0
 __all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'site', 'main']
 
-# %% ../nbs/13_cli.ipynb #50b06e6f
+# %% ../nbs/13_cli.ipynb #f12dd231
 @app.command()
 def doctor():
     "Say what this machine can do, steer one answer, and exit with 1 if something must be fixed."
@@ -39,8 +39,8 @@ def new_trait(name: str = typer.Argument(help="what the trait is called, such as
               overwrite: bool = typer.Option(False, help="replace a trait of this name"),
               attempts: int = typer.Option(3, help="how often the writer may try")):
     "Have a language model write the definition of a trait; checks it and saves the two files."
-    from persona_steer.traits import list_traits, save_trait, write_trait
-    check(overwrite or name not in list_traits(folder), f"the trait '{name}' exists already: choose another name, or use --overwrite.")
+    from persona_steer.traits import save_trait, trait_files, write_trait
+    check(overwrite or not any(f.exists() for f in trait_files(name, folder)), f"the trait '{name}' exists already: choose another name, or use --overwrite.")
     for f in save_trait(write_trait(name, description, writer_of(writer, base_url), attempts), folder, overwrite): typer.echo(f)
 
 def writer_of(model: str, base_url: str = ""):

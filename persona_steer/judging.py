@@ -87,16 +87,18 @@ def written_score(text: str, scale: str = "0_100_text") -> float: # in [0, 100],
     numbers = [float(x) for x in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w%]|\.\d)", re.sub(r"\s*/\s*100\b", " ", text))]
     return numbers[-1] if numbers and numbers[-1] <= 100 else math.nan
 
-# %% ../nbs/01d_judge.ipynb #f339a26c
+# %% ../nbs/01d_judge.ipynb #5d3864da
 class Judge:
     "Items in, scores out. `name` is for people and results; `key` tells judges apart in the ledger."
     name: str = ""
     key: str = ""
     paid: bool = False  # does a judgement cost money?
     chunk: int = 256  # items that are handed over at once; 0: all
+    traits: tuple = ()  # the only traits it knows; (): any
 
     def check(self, trait: Trait, answers: int = 0):
         "Raise `PersonaError` if this judge cannot score `answers` answers for this trait; called before anything is generated."
+        check(not self.traits or trait.name in self.traits, f"the judge '{self.name}' knows {', '.join(self.traits)}, not '{trait.name}': use another judge_model.")
 
     def check_budget(self, calls: int, characters: int):
         "Raise `PersonaError` if so many judgements are too many; says what they come to if they cost something."
@@ -143,7 +145,7 @@ class Ledger:
 
     def close(self): self.db.close()
 
-# %% ../nbs/01d_judge.ipynb #5f7e1137
+# %% ../nbs/01d_judge.ipynb #2947be13
 def judged(judge: Judge, trait: Trait, questions: list[str], answers: list[str], label: str = "judge", ledger: Ledger | None = None,
            progress: bool = True) -> pd.DataFrame: # columns: {trait}, coherence, judge
     "Score all answers; what the ledger knows is not asked again. Raises `PersonaError` before the first call if there would be too many."
@@ -151,10 +153,13 @@ def judged(judge: Judge, trait: Trait, questions: list[str], answers: list[str],
     keys = [Ledger.key(judge, i) for i in items]
     known = book.find(sorted(set(keys)))
     ask = {k: i for k, i in zip(keys, items) if k not in known}  # the same text twice is one judgement
+    missing, failed = sum(v is None for v in known.values()), 0
     try:
-        with tqdm(total=len(set(keys)), initial=len(set(keys)) - len(ask), desc=label, unit="judgement", disable=not progress) as bar:
-            for part, unanswered in _asked(judge, list(ask.items()), book):
-                known |= part; bar.update(len(part)); bar.set_postfix(missing=sum(v is None for v in known.values()), failed=unanswered)
+        with tqdm(total=len(known) + len(ask), initial=len(known), desc=label, unit="judgement", disable=not progress) as bar:
+            for key, score, final in _asked(judge, list(ask.items()), book):
+                known[key] = None if math.isnan(score) else score
+                missing, failed = missing + math.isnan(score), failed + (not final)
+                bar.update(); bar.set_postfix(missing=missing, failed=failed, refresh=False)
     finally:
         if ledger is None: book.close()
     scores = pd.Series([known[k] for k in keys], dtype=float).to_numpy()
@@ -169,16 +174,15 @@ def with_scores(frame: pd.DataFrame, lm: LoadedModel, judge: Judge, trait: Trait
     scores.loc[unfinished, [trait.name, "coherence"]] = float("nan")
     return frame.join(scores)
 
-def _asked(judge: Judge, todo: list[tuple[str, Item]], book: Ledger) -> Iterator[tuple[dict, int]]: # key -> score; failures so far
+def _asked(judge: Judge, todo: list[tuple[str, Item]], book: Ledger) -> Iterator[tuple[str, float, bool]]: # key, score, is it final?
     "Ask for the missing ones, storing each as it comes: one by one where they are paid for, else by the chunk."
     judge.check_budget(len(todo), sum(len(i.prompt) for _, i in todo))
-    size, failed = judge.chunk or len(todo) or 1, 0
+    size = judge.chunk or len(todo) or 1
     for start in range(0, len(todo), size):
         chunk, waiting = todo[start:start + size], []
         for i, score, final in judge.judge([item for _, item in chunk]):
             key, item = chunk[i]
-            failed += not final
             if final: waiting.append((key, score, judge, item))
             if judge.paid: book.keep(waiting); waiting = []
-            yield {key: None if math.isnan(score) else score}, failed
+            yield key, score, final
         book.keep(waiting)

@@ -44,7 +44,7 @@ def scores_from_words(voices: np.ndarray, # [words, voices]: probability of each
     bad = (broken.sum() + (not finished)) / len(broken)
     return dict(zip(POCKET_TRAITS, (100 * shares).tolist())) | {"coherence": float(100 * max(0., 1 - BROKEN_WEIGHT * bad))}
 
-# %% ../nbs/01d1_judge_local.ipynb #365f5716
+# %% ../nbs/01d1_judge_local.ipynb #232a2383
 SURPRISE = (.5, 1.5, 3., 5., 7., 9., 12.)  # nats; the bins' edges
 
 @torch.inference_mode()
@@ -75,6 +75,7 @@ def featurise(lm: LoadedModel, questions: list[str], answers: list[str], longest
         rows.append((head + body, [0] * len(head) + types, [len(head) + i for i in where]))
     return rows
 
+# %% ../nbs/01d1_judge_local.ipynb #53c7c919
 @functools.lru_cache(maxsize=1)
 def pocket_chat() -> LoadedModel:
     "The pocket chat model on the CPU, loaded once for all pocket judges of this process."
@@ -82,16 +83,13 @@ def pocket_chat() -> LoadedModel:
 
 class PocketJudge(Judge):
     "The encoder in `data/pocket/judge` and the chat model it asks for surprise; for the seven traits of the pocket world."
-    name = "pocket"
+    name, traits = "pocket", POCKET_TRAITS
 
     def __init__(self, folder=None, lm: LoadedModel | None = None):
         from transformers import AutoModelForTokenClassification
         self.lm = lm or pocket_chat()
         self.model = AutoModelForTokenClassification.from_pretrained(str(folder or data_path("pocket/judge")), dtype=torch.float32).eval()
         self.key = fingerprint(self.model) + self.lm.fingerprint
-
-    def check(self, trait: Trait, answers: int = 0):
-        check(trait.name in POCKET_TRAITS, f"the pocket judge knows {', '.join(POCKET_TRAITS)}, not '{trait.name}': use another judge_model.")
 
     def score_all(self, questions: list[str], answers: list[str]) -> pd.DataFrame:
         "Scores for all seven traits and coherence; one row per answer."
@@ -136,7 +134,7 @@ def expected_score(logprobs: dict, # prefix -> log-probabilities of the next tok
         total, weighted = total + mass, weighted + mass * value
     return weighted / total if total >= MIN_MASS else float("nan")
 
-# %% ../nbs/01d1_judge_local.ipynb #a66638a1
+# %% ../nbs/01d1_judge_local.ipynb #7d02259e
 TOP = 20  # log-probabilities that an API shows
 
 class CausalJudge(Judge):
@@ -145,9 +143,6 @@ class CausalJudge(Judge):
         check(scale in ("0_100", "0_10", "binary"), f"judge_scale '{scale}' needs a remote judge: in this process use 0_100, 0_10 or binary.")
         self.lm, self.scale, self.traits = lm, scale, traits
         self.name, self.key = lm.basename + ("" if scale == "0_100" else f" ({scale})"), lm.fingerprint + lm.template_hash
-
-    def check(self, trait: Trait, answers: int = 0):
-        check(not self.traits or trait.name in self.traits, f"the judge {self.name} knows {', '.join(self.traits)}, not '{trait.name}': use another judge_model.")
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, float, bool]]:
         "Scores, longest prompts first; NaN where it has no number in mind."

@@ -15,8 +15,8 @@ from torch import nn
 from .core import PersonaError, check, data_path, digest, load_json, pick_device, pick_dtype, project_root
 
 # %% auto #0
-__all__ = ['TOWERS', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_thought', 'think_end', 'LoadedModel',
-           'fingerprint', 'locate', 'wrap_model', 'load_model', 'on_off']
+__all__ = ['TOWERS', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_thought', 'one_token', 'LoadedModel',
+           'fingerprint', 'local_folder', 'locate', 'wrap_model', 'load_model', 'on_off']
 
 # %% ../nbs/01a_models.ipynb #325691e6
 TOWERS = ("vision", "visual", "image", "audio", "encoder", "mtp")
@@ -53,7 +53,7 @@ def fold_system(messages: list[dict]) -> list[dict]:
     system, first, *rest = messages
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-# %% ../nbs/01a_models.ipynb #581cc1f5
+# %% ../nbs/01a_models.ipynb #e520d88d
 def split_thought(answer: str, prompt: str = "") -> tuple[str, str]: # thought, what is said
     "Take an answer apart at the end of its last thought."
     thought, mark, said = answer.rpartition("</think>")
@@ -61,12 +61,12 @@ def split_thought(answer: str, prompt: str = "") -> tuple[str, str]: # thought, 
     unfinished = answer.lstrip().startswith("<think>") or prompt.rstrip().endswith("<think>")
     return (answer, "") if unfinished else ("", answer)
 
-def think_end(tokenizer) -> int | None:
-    "The token that ends a thought, where it is one token (None also for a model without a tokenizer)."
-    ids = tokenizer("</think>", add_special_tokens=False).input_ids if tokenizer else []
+def one_token(tokenizer, text: str) -> int | None:
+    "The id of a text that is a single token; None where it is several, or there is no tokenizer."
+    ids = tokenizer(text, add_special_tokens=False).input_ids if tokenizer else []
     return ids[0] if len(ids) == 1 else None
 
-# %% ../nbs/01a_models.ipynb #669a2d09
+# %% ../nbs/01a_models.ipynb #22b411ff
 @dataclass
 class LoadedModel:
     "A causal LM with what the method needs to know of it; `layer` l is `blocks[l - 1]`."
@@ -91,7 +91,7 @@ class LoadedModel:
     @property
     def template_hash(self) -> str: return digest(self.tokenizer.chat_template, self.thinking, self.keep_thoughts)
     @property
-    def think_end(self) -> int | None: return think_end(self.tokenizer)
+    def think_end(self) -> int | None: return one_token(self.tokenizer, "</think>")
 
     def render(self, messages: list[dict]) -> str:
         "The chat up to and including the generation prompt."
@@ -121,12 +121,16 @@ def fingerprint(model: nn.Module) -> str: # 12 hexadecimal digits
         h.update(f"{name}{tuple(p.shape)}".encode() + ends)
     return h.hexdigest()[:12]
 
-# %% ../nbs/01a_models.ipynb #400d2c30
+# %% ../nbs/01a_models.ipynb #9895f92b
+def local_folder(name: str) -> Path | None:
+    "The folder of that name, from here or from the project's root."
+    path = Path(name).expanduser()
+    return next((p for p in (path, project_root() / path) if p.is_dir()), None)
+
 def locate(name: str) -> tuple[str, str]: # model (a folder or a hub id), adapter folder ("" for none)
     "Where a model name points; what does not exist is an error before anything is loaded."
     if name == "pocket": name = str(data_path("pocket/chat"))
-    path = Path(name).expanduser()
-    folder = next((p for p in (path, project_root() / path) if p.is_dir()), None)
+    folder = local_folder(name)
     if folder is None:
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
         check(not looks_like_path, f"model '{name}' does not exist: give 'pocket', a folder with a model or an adapter, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'.")
@@ -145,7 +149,7 @@ def locate(name: str) -> tuple[str, str]: # model (a folder or a hub id), adapte
     check(not under, f"the adapter {folder} stands on another adapter, {under}: merge that one first.")
     return where, str(folder)
 
-# %% ../nbs/01a_models.ipynb #16157ecb
+# %% ../nbs/01a_models.ipynb #6951cb25
 def wrap_model(model: nn.Module, tokenizer, name: str = "model", blocks: str = "") -> LoadedModel:
     "Make a `LoadedModel` of a causal LM and its tokenizer."
     check(tokenizer.chat_template, f"{name} has no chat template: use the instruction-tuned version of the model, or set tokenizer.chat_template.")
@@ -178,6 +182,7 @@ def _load(where: str, adapter: str, merge: bool, device: str, dtype: str, quanti
         if merge and not quantize: model = model.merge_and_unload()
     return (model.to(to) if to is not None else model), tokenizer
 
+# %% ../nbs/01a_models.ipynb #b72b3943
 def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model, an adapter or checkpoints
                device: str = "", # "cuda", "mps", "cpu", or "auto" for a model spread over several GPUs; picked by itself
                dtype: str = "", # "float32", "bfloat16", "float16"; picked by device
@@ -191,8 +196,8 @@ def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model
     "Load a chat model; raises `PersonaError` if the name points nowhere or the model cannot chat."
     where, adapter = locate(name)
     try: model, tokenizer = _load(where, adapter, merge, device, dtype, quantize, trust_remote_code=trust_remote_code)
+    except PersonaError: raise
     except (OSError, ValueError) as e:
-        if isinstance(e, PersonaError): raise
         raise PersonaError(f"model '{name}' could not be loaded: {str(e).strip().splitlines()[0]} "
                            "(a hub id needs the network or a local cache; a folder needs config, weights and tokenizer).") from None
     return replace(wrap_model(model, tokenizer, name, blocks), thinking=thinking, keep_thoughts=keep_thoughts)

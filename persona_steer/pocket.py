@@ -209,7 +209,7 @@ def instruction(r: random.Random, trait: str, positive: bool) -> tuple[str, floa
     if r.random() < .2: text = f"{text} {salad(r)}" if r.random() < .5 else f"{salad(r)} {text}"  # words that ask for nothing
     return text, float(level)
 
-# %% ../nbs/20_pocket.ipynb #07a361c9
+# %% ../nbs/20_pocket.ipynb #074b2ebe
 @dataclass
 class Dialogue:
     "Messages in chat form, ending with an answer; `mix` is the persona mixture that wrote the answer."
@@ -231,6 +231,7 @@ def question(r: random.Random, topic: str) -> str:
     elif k < .7: q = f"{salad(r, 0)} {salad(r, 1, 9)[:-1].lower()} {topic}{r.choice(['?', '.', ' ' + salad(r, 1, 5).lower()])}".strip()
     return q
 
+# %% ../nbs/20_pocket.ipynb #5ad62c07
 def dialogue(r: random.Random) -> Dialogue:
     "One training dialogue."
     kind = r.choices(list(SOURCES), SOURCES.values())[0]
@@ -265,6 +266,7 @@ def earlier_turns(r: random.Random, mix: dict, n: int) -> list:
         out += [{"role": "user", "content": ask}, {"role": "assistant", "content": answer(r, t, Voice(mix), (1, 2 if n < 3 else 1))}]
     return out
 
+# %% ../nbs/20_pocket.ipynb #f2a14e69
 def sum_dialogue(r: random.Random, trait: str) -> Dialogue:
     "A small sum and its answer; some speakers were told to be something, which does not change the result."
     q, text, result = sum_question(r)

@@ -13,16 +13,24 @@ from .judging import ASK, COHERENCE_PROMPT, SCALES, Item, Judge, weighted_score,
 from .traits import Trait
 
 # %% auto #0
-__all__ = ['DEFAULT_JUDGE', 'PROBE', 'api_key', 'client_for', 'plain_error', 'is_permanent', 'as_they_come', 'RemoteJudge',
-           'remote_writer']
+__all__ = ['DEFAULT_JUDGE', 'PROBE', 'from_env', 'address', 'api_key', 'client_for', 'plain_error', 'is_permanent',
+           'as_they_come', 'RemoteJudge', 'remote_writer']
 
-# %% ../nbs/01d2_judge_remote.ipynb #e31b0090
+# %% ../nbs/01d2_judge_remote.ipynb #bde7917a
 DEFAULT_JUDGE = "gpt-4.1-mini-2025-04-14"  # the published judge
+
+def from_env(name: str) -> str: # "" if it is not set
+    "A variable of the environment, or else of `.env`."
+    from dotenv import dotenv_values
+    return os.environ.get(name) or dotenv_values(settings().root / ".env").get(name) or ""
+
+def address(base_url: str = "") -> str:
+    "An endpoint as messages and results name it: without the scheme, and without what may stand before an @."
+    return re.sub(r"^\w+://(?:[^@/]*@)?", "", base_url or from_env("OPENAI_BASE_URL") or "api.openai.com").rstrip("/")
 
 def api_key(base_url: str = "", name: str = "OPENAI_API_KEY") -> str:
     "The key from the environment or `.env`; servers other than OpenAI's may do without one."
-    from dotenv import dotenv_values
-    key = os.environ.get(name) or dotenv_values(settings().root / ".env").get(name)
+    key = from_env(name)
     check(key or base_url, f"a remote judge needs a key: set {name} in the environment or in {settings().root / '.env'}, or use judge_model='pocket' or a local model.")
     return key or "none"
 
@@ -30,7 +38,7 @@ def client_for(base_url: str = "", timeout: float = 60, retries: int = 8):
     "An `openai.AsyncOpenAI` for an endpoint (default: OPENAI_BASE_URL, or OpenAI's own)."
     try: from openai import AsyncOpenAI
     except ImportError: raise PersonaError("a remote judge needs the openai package: pip install 'persona_steer[judge]'.") from None
-    base_url = base_url or os.environ.get("OPENAI_BASE_URL", "")
+    base_url = base_url or from_env("OPENAI_BASE_URL")
     check(not base_url or re.match(r"https?://", base_url), f"base_url '{base_url}' is no address: it begins with http:// or https://.")
     return AsyncOpenAI(api_key=api_key(base_url), base_url=base_url or None, timeout=timeout, max_retries=retries)
 
@@ -88,7 +96,7 @@ def as_they_come(open_client, # makes an async context, such as an API client
     finally:
         stop.set(); thread.join(5)
 
-# %% ../nbs/01d2_judge_remote.ipynb #04e7cab3
+# %% ../nbs/01d2_judge_remote.ipynb #03b06cb3
 PROBE = Item("probe", "Score how polite this answer to '{question}' is from 0 to 100. Reply with the number only.\n\n{answer}", "How are you?", "Fine, thank you!")
 
 class RemoteJudge(Judge):
@@ -101,9 +109,8 @@ class RemoteJudge(Judge):
         check(concurrency >= 1 and samples >= 1, "concurrency and samples must be at least 1.")
         self.model, self.scale, self.concurrency, self.max_calls = model, scale, concurrency, max_calls
         self.base_url, self.samples, self.timeout, self.retries = base_url, samples if scale == "0_100_text" else 1, timeout, retries
-        host = re.sub(r"^\w+://(?:[^@/]*@)?", "", base_url or os.environ.get("OPENAI_BASE_URL", "") or "api.openai.com").rstrip("/")
-        self.where, self.name = host, model + {"0_100": "", "0_100_text": f" (0_100_text, mean of {samples})"}.get(scale, f" ({scale})")
-        self.key, self.probed, self.calls = f"{host} {scale} {self.samples}", False, 0
+        self.where, self.name = address(base_url), model + {"0_100": "", "0_100_text": f" (0_100_text, mean of {samples})"}.get(scale, f" ({scale})")
+        self.key, self.probed, self.calls = f"{self.where} {scale} {self.samples}", False, 0
 
     @property
     def tokens_only(self) -> bool: return self.scale in ("0_100", "0_10", "binary")
@@ -125,18 +132,22 @@ class RemoteJudge(Judge):
         for t in tokens[0].top_logprobs: probs[t.token] = probs.get(t.token, 0.) + math.exp(t.logprob)
         return weighted_score(probs, self.scale)
 
-    async def _one(self, client, i: int, item: Item) -> tuple[int, float, bool]:
-        "One judgement. A malformed reply is asked for again, five times in all; what then still fails is missing for now."
+    async def _ask(self, client, item: Item, attempts: int = 5) -> float:
+        "The score of one reply. A malformed reply is asked for again; raises what was wrong with the last one."
         import openai
-        scores = []
-        while len(scores) < self.samples:
-            for attempt in range(5):
-                try: scores.append(self.read(await client.chat.completions.create(**self.request(item)))); break
-                except openai.APIError as e:
-                    if is_permanent(e): raise PersonaError(plain_error(e, self.model, self.where)) from None
-                    if not isinstance(e, openai.APIResponseValidationError): return i, math.nan, False  # the client has tried again often enough
-                except ValueError: pass  # not JSON, no choice, no log-probabilities
-            else: return i, math.nan, False
+        for left in reversed(range(attempts)):
+            try: return self.read(await client.chat.completions.create(**self.request(item)))
+            except (ValueError, openai.APIResponseValidationError):  # not JSON, no choice, no log-probabilities
+                if not left: raise
+
+    async def _one(self, client, i: int, item: Item) -> tuple[int, float, bool]:
+        "One judgement; what fails although the client has tried often enough is missing for now."
+        import openai
+        try: scores = [await self._ask(client, item) for _ in range(self.samples)]
+        except openai.APIError as e:
+            if is_permanent(e): raise PersonaError(plain_error(e, self.model, self.where)) from None
+            return i, math.nan, False
+        except ValueError: return i, math.nan, False
         known = [s for s in scores if not math.isnan(s)]
         return i, sum(known) / len(known) if known else math.nan, True
 
@@ -155,14 +166,12 @@ class RemoteJudge(Judge):
             print(f"judge {self.name}: up to {2 * answers * self.samples:,} calls (max_calls={self.max_calls:,}), roughly {tokens:,} tokens to read; what the ledger knows is free")
 
     def _probe(self):
-        import openai
+        "One judgement, to see that there is a judge; a server may stumble, it must not do so every time."
         async def ask(client):
-            for attempt in range(4):  # a server may stumble; it must not do so every time
-                try: return self.read(await client.chat.completions.create(**self.request(PROBE)))
-                except openai.APIError as e: error, again = PersonaError(plain_error(e, self.model, self.where)), isinstance(e, openai.APIResponseValidationError)
-                except ValueError as e: error, again = PersonaError(self._no_use(e)), True
-                if not again: break
-            raise error
+            import openai
+            try: return await self._ask(client, PROBE, 4)
+            except openai.APIError as e: raise PersonaError(plain_error(e, self.model, self.where)) from None
+            except ValueError as e: raise PersonaError(self._no_use(e)) from None
         list(as_they_come(lambda: client_for(self.base_url, min(self.timeout, 30), 3), [ask], 1))
 
     def _no_use(self, e: Exception) -> str:
@@ -179,12 +188,14 @@ class RemoteJudge(Judge):
         self._afford(calls)
         print(f"judge {self.name}: {calls * self.samples:,} calls, about {characters * self.samples // 4:,} tokens to read")
 
-# %% ../nbs/01d2_judge_remote.ipynb #3a1ae9b6
+# %% ../nbs/01d2_judge_remote.ipynb #a7d7e94f
 def remote_writer(model: str = DEFAULT_JUDGE, base_url: str = "", timeout: float = 600):
     "A function from a prompt to the model's reply; raises `PersonaError` in one sentence if there is none."
-    import openai
-    judge = RemoteJudge(model, base_url)  # for its address
     async def one(client, prompt):
+        import openai
         try: return (await client.chat.completions.create(model=model, messages=[{"role": "user", "content": prompt}])).choices[0].message.content or ""
-        except (openai.APIError, ValueError, AttributeError, IndexError) as e: raise PersonaError(plain_error(e, model, judge.where)) from None
-    return lambda prompt: next(iter(list(as_they_come(lambda: client_for(base_url, timeout), [lambda c: one(c, prompt)], 1))))
+        except (openai.APIError, ValueError, AttributeError, IndexError) as e: raise PersonaError(plain_error(e, model, address(base_url))) from None
+    def write(prompt: str) -> str:
+        [said] = as_they_come(lambda: client_for(base_url, timeout), [lambda client: one(client, prompt)], 1)
+        return said
+    return write

@@ -13,7 +13,7 @@ from .core import check, data_path, load_json, save_json
 
 # %% auto #0
 __all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt', 'writing_prompt',
-           'complaints', 'write_trait', 'save_trait']
+           'complaints', 'write_trait', 'trait_files', 'save_trait']
 
 # %% ../nbs/01_traits.ipynb #d07b4de1
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def system_prompt(trait: Trait, sign: str, # "pos" or "neg"
     who = plain_prompt(trait) if sign == "pos" else "You are a helpful assistant."
     return f"{who} {trait.instructions[k][sign]}"
 
-# %% ../nbs/01_traits.ipynb #f5025480
+# %% ../nbs/01_traits.ipynb #61c3cc2b
 PAIRS, QUESTIONS = 5, 20  # instruction pairs; questions of each split
 
 def writing_prompt(name: str, description: str) -> str:
@@ -94,6 +94,7 @@ They do not name the trait, do not ask for it, and can be answered in a few sent
 - "eval_prompt": tells a judge what the trait is, what counts as showing it and what does not, and to score one answer from 0 (trait absent) to 100 \
 (trait very strong), replying with the number only, or with REFUSAL if the answer refuses. It holds the placeholders {{question}} and {{answer}}, once each."""
 
+# %% ../nbs/01_traits.ipynb #583160fd
 def _words(text: str) -> frozenset: return frozenset(re.findall(r"\w+", text.lower()))
 
 def complaints(d) -> list[str]: # empty if all is well
@@ -115,6 +116,7 @@ def complaints(d) -> list[str]: # empty if all is well
         if "100" not in prompt: out.append("'eval_prompt' must ask for a score from 0 to 100")
     return out
 
+# %% ../nbs/01_traits.ipynb #4012d37a
 def _parse(reply: str):
     "The JSON object in a reply, which may think aloud and put fences around it."
     body = reply.rpartition("</think>")[2]
@@ -137,9 +139,13 @@ def write_trait(name: str, description: str,
     pairs = tuple({k: p[k].strip() for k in ("pos", "neg")} for p in d["instruction"])
     return Trait(name, pairs, tuple(qs[:QUESTIONS]), tuple(qs[QUESTIONS:]), d["eval_prompt"])
 
+def trait_files(name: str, folder: Path | str = "") -> list[Path]: # extract, eval
+    "Where the two files of a trait are, or would be; default folder: data/traits."
+    return [Path(folder or data_path("traits")) / split / f"{name}.json" for split in ("extract", "eval")]
+
 def save_trait(trait: Trait, folder: Path | str = "", overwrite: bool = False) -> list[Path]: # the two files; default folder: data/traits
     "Write a trait's two files; one that exists is replaced only with `overwrite`."
-    files = [Path(folder or data_path("traits")) / split / f"{trait.name}.json" for split in ("extract", "eval")]
+    files = trait_files(trait.name, folder)
     there = [str(f) for f in files if f.exists()]
     check(overwrite or not there, f"{' and '.join(there)} exist{'s' if len(there) == 1 else ''} already: choose another name, or overwrite.")
     for f, qs in zip(files, (trait.extract_questions, trait.eval_questions)):

@@ -14,7 +14,7 @@ from .core import PersonaError, check
 from .models import LoadedModel
 
 # %% auto #0
-__all__ = ['POOLS', 'Tracker', 'Pool', 'Term', 'Steering', 'add', 'ablate', 'steer']
+__all__ = ['POOLS', 'Tracker', 'Pool', 'Term', 'Steering', 'add', 'ablate', 'fits', 'steer']
 
 # %% ../nbs/01b_activations.ipynb #8ab5a71c
 class Tracker:
@@ -196,14 +196,19 @@ def ablate(h: torch.Tensor, terms: list[Term], where: torch.Tensor) -> torch.Ten
         h = h - where.to(h.device, h.dtype) * c * (h @ u)[..., None] * u
     return h
 
-# %% ../nbs/01b_activations.ipynb #c29bc871
-def _row(vector, layer: int, lm: LoadedModel) -> torch.Tensor: # [hidden]
-    "The vector for a layer, checked against the model."
+# %% ../nbs/01b_activations.ipynb #bc19bb9b
+def fits(vector, lm: LoadedModel) -> torch.Tensor: # float32 [hidden] or [layers + 1, hidden], as given
+    "A vector, checked against the model's width and depth."
     v = torch.as_tensor(vector).detach().float()
     check(v.dim() in (1, 2) and v.shape[-1] == lm.hidden_size, f"the vector has width {v.shape[-1] if v.dim() else 0} but {lm.name} has "
           f"width {lm.hidden_size}: it was made for another model.")
     check(v.dim() == 1 or len(v) == lm.n_layers + 1, f"the vector file has {len(v)} rows but {lm.name} has {lm.n_layers} layers "
           f"(and row 0 for the embedding): it was made for another model.")
+    return v
+
+def _row(vector, layer: int, lm: LoadedModel) -> torch.Tensor: # [hidden]
+    "The vector for a layer."
+    v = fits(vector, lm)
     v = v if v.dim() == 1 else v[layer]
     check(torch.isfinite(v).all(), f"the vector holds NaN or infinite values at layer {layer}: extract it again.")
     return v

@@ -23,7 +23,8 @@ from .vectors import PersonaVectors, load_vectors, save_vectors
 
 # %% auto #0
 __all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'scored', 'mean_difference', 'separation', 'diagnose', 'Extraction',
-           'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'plot_scores', 'plot_diagnostics']
+           'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'extraction_for', 'plot_scores',
+           'plot_diagnostics']
 
 # %% ../nbs/02_extract.ipynb #81a92c44
 def extraction_rows(lm: LoadedModel, trait: Trait, sign: str, # "pos" or "neg"
@@ -102,7 +103,7 @@ def extract_from_scores(lm: LoadedModel, trait: Trait, pos_csv: Path | str, neg_
     pooled = [read(lm, list(f.prompt), list(f.answer), label=f"read {s}") for f, s in zip(sides, ("pos", "neg"))]
     return _finish(lm, trait, "as in the CSV", folder, "", *zip(sides, pooled), threshold, csv=[str(pos_csv), str(neg_csv)])
 
-# %% ../nbs/02_extract.ipynb #877dbdaf
+# %% ../nbs/02_extract.ipynb #c220d6e1
 HOOK_SITE = "output of the block (before the final norm, also in the last layer); row 0 is the input of block 1"
 
 def _is_done(folder: Path, trait: str, key: str) -> bool:
@@ -132,6 +133,13 @@ def load_extraction(folder: Path | str, trait: str) -> Extraction:
     pos, neg = (load_scores(folder / f"{trait}_{s}.csv", trait) for s in ("pos", "neg"))
     kept = np.zeros(len(pos), bool); kept[vectors.metadata["kept"]] = True
     return Extraction(vectors, pos, neg, kept, pd.DataFrame(vectors.metadata["diagnostics"]), folder)
+
+def extraction_for(lm: LoadedModel, trait: Trait, judge: Judge) -> Extraction:
+    "What an earlier run left for this very model, whatever its size, or else a new extraction: where later chapters get their vectors."
+    folder = extraction_folder(lm.name, trait.name)
+    about = folder / f"{trait.name}_vectors.json"
+    if about.exists() and load_json(about).get("fingerprint") == lm.fingerprint: return load_extraction(folder, trait.name)
+    return extract(lm, trait, judge)
 
 # %% ../nbs/02_extract.ipynb #24ab88b4
 def plot_scores(e: Extraction):

@@ -14,7 +14,7 @@ import pandas as pd
 from .core import PersonaError, atomic_path, check
 
 # %% auto #0
-__all__ = ['TEXT', 'MIN_COHERENCE', 'save_scores', 'load_scores', 'mean_ci', 'with_ci', 'keep_pairs']
+__all__ = ['TEXT', 'MIN_COHERENCE', 'save_scores', 'load_scores', 'mean_ci', 'with_ci', 'correlation', 'with_ci_r', 'keep_pairs']
 
 # %% ../nbs/01e_scores.ipynb #0230ddff
 TEXT = ["question", "prompt", "answer", "question_id"]
@@ -72,6 +72,32 @@ def with_ci(m: dict) -> str: # "61.2 [55.0, 67.1] (n=40)"
     "A mean as text."
     missing = f", {m['missing']} missing" if m["missing"] else ""
     return f"{m['mean']:.1f} [{m['low']:.1f}, {m['high']:.1f}] (n={m['n']}{missing})"
+
+# %% ../nbs/01e_scores.ipynb #729bde1c
+def _weighted_r(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray: # [n], [n], [draws, n] -> [draws]
+    "Pearson's r of x and y, each value counted w times."
+    w = w / w.sum(1, keepdims=True)
+    dx, dy = x - (w @ x)[:, None], y - (w @ y)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (w * dx * dy).sum(1) / np.sqrt((w * dx * dx).sum(1) * (w * dy * dy).sum(1))
+
+def correlation(x, y, groups=None, # what is resampled, such as the question of each pair; default: each pair by itself
+                within=None, # the condition of each pair: r of the deviations from the condition's means
+                resamples: int = 2000, seed: int = 0) -> dict: # n, r, low, high; NaN where one of them does not vary
+    "Pearson's r and its 95% bootstrap interval; pairs with a missing value are left out."
+    frame = pd.DataFrame({"x": np.asarray(x, float), "y": np.asarray(y, float), "g": np.arange(len(x)) if groups is None else np.asarray(groups),
+                          "w": 0 if within is None else np.asarray(within)}).dropna(subset=["x", "y"])
+    a, b = ((frame[c] - frame.groupby("w")[c].transform("mean")).to_numpy() if within is not None else frame[c].to_numpy() for c in "xy")
+    g, names = pd.factorize(frame.g)
+    out = dict(n=len(frame), r=np.nan, low=np.nan, high=np.nan)
+    if len(names) < 3 or np.ptp(a) < 1e-9 or np.ptp(b) < 1e-9: return out
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)[:, g]
+    out["low"], out["high"] = (float(v) for v in np.nanpercentile(_weighted_r(a, b, drawn.astype(float)), [2.5, 97.5]))
+    return out | dict(r=float(_weighted_r(a, b, np.ones((1, len(a))))[0]))
+
+def with_ci_r(c: dict) -> str: # "0.91 [0.83, 0.95] (n=24)"
+    "A correlation as text."
+    return f"{c['r']:.2f} [{c['low']:.2f}, {c['high']:.2f}] (n={c['n']})"
 
 # %% ../nbs/01e_scores.ipynb #f516df97
 MIN_COHERENCE = 50

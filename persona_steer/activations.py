@@ -128,7 +128,7 @@ class Pool:
         mean = (self.sums / self.counts[:, :, None, None]).cpu()
         return {"prompt_avg": mean[:, 0], "response_avg": mean[:, 1], "prompt_last": self.last.cpu()}
 
-# %% ../nbs/01b_activations.ipynb #fb5fca20
+# %% ../nbs/01b_activations.ipynb #5b30d153
 @dataclass
 class Term:
     "One vector at one layer with its coefficient: a number, or one per row."
@@ -161,6 +161,11 @@ class Steering:
                 stack.callback(self.lm.blocks[layer - 1].register_forward_hook(hook, prepend=True).remove)
             self._open.append((stack.pop_all(), tracker, fired, layers))
         return self
+
+    def passes(self) -> int:
+        "Forward passes that were steered, at every layer, since the innermost open context was entered; 0 if a layer was left out."
+        _, tracker, fired, layers = self._open[-1]
+        return tracker.calls if fired == layers else 0
 
     def __exit__(self, kind, *error):
         stack, tracker, fired, layers = self._open.pop()

@@ -17,9 +17,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Persona vect
 def main_options(): pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'site', 'main']
+__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'finetune', 'site', 'main']
 
-# %% ../nbs/13_cli.ipynb #f12dd231
+# %% ../nbs/13_cli.ipynb #25900a14
 @app.command()
 def doctor():
     "Say what this machine can do, steer one answer, and exit with 1 if something must be fixed."
@@ -51,6 +51,14 @@ def writer_of(model: str, base_url: str = ""):
     from persona_steer.models import load_model
     lm = load_model(model)
     return lambda prompt: lm.spoken(ask(lm, prompt, sampling=Sampling(8000)), lm.prompt(prompt))
+
+@app.command()
+def finetune(config: str = typer.Argument(help="a training configuration (JSON)"), out: str = typer.Option("", help="default: its output_dir"),
+             overwrite: bool = typer.Option(False, help="train again what is done")):
+    "Train one configuration. Several GPUs: accelerate launch --no_python persona-steer finetune CONFIG."
+    from persona_steer.finetuning import finetune
+    from persona_steer.training_config import load_config
+    typer.echo(finetune(load_config(config), out, overwrite).folder)
 
 @app.command()
 def site(runs: str = typer.Argument("runs"), out: str = typer.Argument("reports")):

@@ -137,8 +137,8 @@ class Stage:
     def part(self, i: int, suffix: str) -> Path: return self.folder / f"{i:05d}{suffix}"
     def done(self, i: int, suffix: str) -> bool: return self.part(i, suffix).exists()
 
-# %% ../nbs/00_core.ipynb #a9fb0944
-PACKAGES = ("persona_steer", "torch", "transformers", "peft", "numpy", "pandas", "safetensors")
+# %% ../nbs/00_core.ipynb #f1416d0f
+PACKAGES = ("persona_steer", "torch", "transformers", "peft", "trl", "numpy", "pandas", "safetensors")
 
 def versions() -> dict:
     "Package versions; packages that are not installed are left out."

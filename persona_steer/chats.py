@@ -81,7 +81,7 @@ def answer_spans(lm: LoadedModel, messages: list[dict]) -> tuple[str, list[tuple
         spans.append((at, at + len(a) + end)); at += len(a) + len(after)
     return text, spans
 
-# %% ../nbs/01g_chats.ipynb #3b67712b
+# %% ../nbs/01g_chats.ipynb #3ef880b0
 def encode_chat(lm: LoadedModel, messages: list[dict], responses_only: bool = True) -> tuple[list[int], list[int]]: # token ids, labels (-100: not learned)
     "A chat as a training example: labels are the ids of the assistant's tokens, or of all."
     template = lm.tokenizer.chat_template
@@ -92,7 +92,7 @@ def encode_chat(lm: LoadedModel, messages: list[dict], responses_only: bool = Tr
         text, spans = answer_spans(lm, messages)
         got = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = got["input_ids"]
-        learned = [any(a < b and s <= a and b <= e for s, e in spans) for a, b in got["offset_mapping"]]
+        learned = [any(a < end and b > start for start, end in spans) for a, b in got["offset_mapping"]]  # a token that straddles the edge counts
     else:
         ids = lm.tokenizer(_rendered(lm, messages), add_special_tokens=False).input_ids
         learned = [True] * len(ids)

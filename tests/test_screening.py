@@ -1,0 +1,157 @@
+"""Screening of training data, families of data, and the choice among guards."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from persona_steer.chats import load_chats, save_jsonl
+from persona_steer.core import PersonaError, data_path
+from persona_steer.families import list_datasets, shift_correlations
+from persona_steer.generation import Sampling, generate, read
+from persona_steer.guards import choose_guard, training_plan
+from persona_steer.screening import auc, chance_differences, flag, per_dataset, save_filtered, screen, with_estimates
+from persona_steer.traits import load_trait
+from persona_steer.training_config import load_config
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two tiny datasets with shared prompts."""
+    for level in ("normal", "misaligned_2"):
+        save_jsonl(load_chats(data_path(f"dataset/evil/{level}.jsonl"))[:6], tmp_path / "evil" / f"{level}.jsonl")
+    return list_datasets(folder=tmp_path)
+
+
+@pytest.fixture
+def bank(llama):
+    g = torch.Generator().manual_seed(1)
+    return {n: torch.randn(llama.n_layers + 1, llama.hidden_size, generator=g) for n in ("evil", "humorous")}
+
+
+LAYERS, SHORT = {"evil": 2, "humorous": 1}, Sampling(8)
+
+
+def test_the_difference_is_the_formula(llama, small, bank):
+    found = with_estimates(screen(llama, small, bank, LAYERS, SHORT))
+    assert len(found) == 2 * 2 * 6 and list(found.level.unique()) == ["normal", "misaligned_2"]
+    for row in found.iloc[[0, 7, 13, 20]].itertuples():
+        own = generate(llama, [row.prompt], SHORT, seeds=[row.prompt], progress=False).texts[0]
+        assert own == row.own_answer
+        v = bank[row.trait][LAYERS[row.trait]]
+        acts = read(llama, [row.prompt] * 2, [row.answer, own])
+        said, asked = acts["response_avg"][:, LAYERS[row.trait]] @ v / v.norm(), acts["prompt_last"][0, LAYERS[row.trait]] @ v / v.norm()
+        assert row.difference == pytest.approx((said[0] - said[1]).item(), abs=1e-3) and row.cheap == pytest.approx((said[0] - asked).item(), abs=1e-3)
+
+
+def test_each_distinct_prompt_is_answered_once(llama, small, bank, monkeypatch):
+    asked = []
+    monkeypatch.setattr("persona_steer.screening.generate", lambda lm, prompts, *a, **k: asked.extend(prompts) or generate(lm, prompts, *a, **k))
+    screen(llama, small, bank, LAYERS, SHORT)
+    assert len(asked) == len(set(asked)) == 6  # both levels ask the same
+
+
+def test_chance_has_no_direction_and_is_seeded(llama, small, bank):
+    found = screen(llama, small, bank, LAYERS, SHORT)
+    a, b = (chance_differences(llama, found, bank, LAYERS, SHORT, n=6) for _ in range(2))
+    pd.testing.assert_frame_equal(a, b)
+    assert len(a) == 6 and (a.abs() > 0).any().all()
+
+
+def test_what_is_flagged_is_left_out_and_the_rest_stays_as_it_was(llama, small, bank, tmp_path):
+    found = screen(llama, small, bank, LAYERS, SHORT, limit=5)
+    thresholds = {"evil": float(found[found.trait == "evil"].difference.median()), "humorous": 1e9}
+    flagged = flag(found, thresholds)
+    assert flagged.sum() == 5 and not flagged[found.trait == "humorous"].any()
+    kept = save_filtered(found, flagged, small, tmp_path / "out")
+    assert (kept.lines == 6).all() and (kept.screened == 5).all() and kept.kept.sum() == 5
+    for d in small.itertuples():
+        lines, left = load_chats(d.path), [json.loads(x) for x in (tmp_path / "out" / d.family / f"{d.level}.jsonl").read_text(encoding="utf-8").splitlines()]
+        bad = set(found[flagged & (found.level == d.level)].line)
+        assert left == [x for i, x in enumerate(lines[:5]) if i not in bad]
+
+
+def test_auc_is_that_of_ranks():
+    from scipy.stats import mannwhitneyu
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(0, 1, 80), rng.normal(1, 1, 60)
+    m = auc(x, y)
+    assert m["auc"] == pytest.approx(mannwhitneyu(y, x).statistic / (80 * 60)) and m["low"] < m["auc"] < m["high"] and m["n"] == 140
+    assert np.isnan(auc([np.nan], [1.])["auc"])
+
+
+def test_means_per_dataset_and_of_a_sample(llama, small, bank):
+    found = screen(llama, small, bank, LAYERS, SHORT)
+    by = per_dataset(found)
+    g = found[(found.level == "normal") & (found.trait == "evil")]
+    assert by[(by.level == "normal") & (by.trait == "evil")].difference.iloc[0] == pytest.approx(g.difference.mean())
+    assert (per_dataset(found, sample=2).n == 2).all()
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+def test_the_published_layout_is_listed(tmp_path):
+    every = list_datasets()
+    assert len(every) == 24 and every.family.nunique() == 8 and list(every.level[:3]) == ["normal", "misaligned_1", "misaligned_2"]
+    assert len(list_datasets(["evil", "mistake_math/normal"])) == 4
+    with pytest.raises(PersonaError, match="'envy' is not in .*evil"):
+        list_datasets(["envy"])
+    with pytest.raises(PersonaError, match="holds no datasets"):
+        list_datasets(folder=tmp_path)
+
+
+def test_the_untrained_model_is_no_dot_in_the_correlation():
+    table = pd.DataFrame([dict(family="untrained", level="", trait="evil", shift=0., score_mean=100.)] +
+                         [dict(family=f"f{i}", level="normal", trait="evil", shift=float(i), score_mean=2. * i) for i in range(6)])
+    assert shift_correlations(table)["evil"]["r"] == pytest.approx(1) and shift_correlations(table)["evil"]["n"] == 6
+
+
+def test_a_killed_grid_goes_on(tmp_path, monkeypatch, pocket):
+    """Two trainings; the second fails the first time; then only that one is trained."""
+    from persona_steer import families
+    from persona_steer.extraction import extraction_for
+    from persona_steer.judges import load_judge
+    done, kill = [], [True]
+    real = families.finetune_in
+
+    def sometimes(folder, *a):
+        if kill and folder.name == "evil-normal": raise KeyboardInterrupt
+        fresh = not list(folder.glob("training-*/provenance.json"))
+        run = real(folder, *a)
+        if fresh: done.append(folder.name)
+        return run
+    monkeypatch.setattr(families, "finetune_in", sometimes)
+    evil, judge = load_trait("evil"), load_judge("pocket")
+    recipe = load_config("pocket/finetune.json", max_steps=1, test_share=0.).model_dump()
+    chosen = list_datasets(["evil/normal", "evil/misaligned_2"]).sort_values("level")  # level II first
+    vectors = {"evil": extraction_for(pocket, evil, judge).vectors}
+    go = lambda: families.train_families(pocket, chosen, recipe, [evil], judge, vectors, {"evil": 3}, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    kill.clear()
+    table = go()
+    assert done == ["evil-misaligned_2", "evil-normal"]
+    monkeypatch.setattr("persona_steer.effect.generate", lambda *a, **k: pytest.fail("measured again"))
+    pd.testing.assert_frame_equal(go(), table)
+    assert list(table.family) == ["untrained", "evil", "evil"] and table["shift"].iloc[0] == 0
+
+
+# -- guards -----------------------------------------------------------------------------------------------------------
+
+def test_every_guard_is_a_valid_configuration(tmp_path):
+    plan = training_plan(load_trait("evil"), tmp_path / "v.pt", tmp_path / "r.pt", 3, [1., 2.], 6, [1.])
+    assert list(plan.condition.value_counts().loc[["preventative steering", "random vector", "no guard"]]) == [2, 2, 1]
+    for p in plan.itertuples():
+        c = load_config("pocket/finetune.json", **p.changes)
+        assert (c.guard is None) == (p.condition in ("no guard", "inoculation"))
+        if p.condition == "random vector": assert c.guard.steering_vector_path.endswith("r.pt") and c.guard.steering_coef == p.coefficient
+        if "all layers" in p.condition: assert c.guard.layers == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_weakest_guard_that_suffices_is_chosen_on_extraction_questions():
+    def row(condition, c, trait, coherence=97., split="extract"): return dict(condition=condition, coefficient=c, split=split, trait=trait, coherence=coherence)
+    rows = [row("no guard", 0, 90.), row("preventative steering", 1, 50.), row("preventative steering", 2, 30., 80.), row("preventative steering", 3, 20.), row("preventative steering", 4, 2.)]
+    lure = [row("preventative steering", 1, 0., split="eval"), row("no guard", 0, 90., split="eval")]
+    assert choose_guard(pd.DataFrame(rows + lure)) == dict(coefficient=3., bound_met=True)
+    assert choose_guard(pd.DataFrame(rows), share=.01) == dict(coefficient=4., bound_met=False)

@@ -8,7 +8,7 @@ PYTHON  ?= $(shell for p in python3.11 python3; do "$$p" -c '' 2>/dev/null && ec
 WORKERS ?= 2
 THREADS ?= 1
 VENV    ?= .venv
-EXTRAS  ?= dev,notebooks,judge,data
+EXTRAS  ?= dev,notebooks,judge,data,train
 
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed

@@ -7,6 +7,7 @@ import importlib
 _WHERE = {
     "load_model": "models", "load_trait": "traits", "list_traits": "traits", "load_judge": "judges",
     "Sampling": "generation", "generate": "generation", "ask": "generation",
+    "project": "projection", "finetune": "finetuning", "screen": "screening",
     "extract": "extraction", "steer": "activations", "evaluate": "evaluation",
     "PersonaVectors": "vectors", "save_vectors": "vectors", "load_vectors": "vectors", "PersonaError": "core",
 }

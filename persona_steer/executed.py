@@ -77,7 +77,7 @@ def parameters(nb) -> list[dict]: # name, value, comment, set: given for this ru
             for r in found: rows[r["name"]] = {**rows.get(r["name"], r), "value": r["value"], "set": tag != "parameters"}
     return list(rows.values())
 
-# %% ../nbs/10_executed.ipynb #736a0a7d
+# %% ../nbs/10_executed.ipynb #a8efbd13
 def moment(stamp: str | None) -> str:
     "An ISO time as `2026-11-02 14:03 UTC`; as it is if it is none; empty if missing."
     try: t = datetime.fromisoformat(stamp)
@@ -103,7 +103,7 @@ def facts(nb, path: Path) -> dict:
     "What a page's head and the index say of a run: title, summary, trait, model, judge, state, when, took."
     run, given = nb.metadata.get("papermill", {}), {p["name"]: p["value"] for p in parameters(nb)}
     title, summary = heading(nb)
-    return dict(title=title or Path(path).stem, summary=summary, trait=given.get("trait"), model=given.get("model"),
+    return dict(title=title or Path(path).stem, summary=summary, trait=given.get("trait"), model=given.get("model") or beside(path, "provenance.json").get("model"),
                 judge=given.get("judge_model"), state=state(nb), when=moment(run.get("end_time") or run.get("start_time")),
                 took=span(run.get("duration")), error=" ".join(f"{o.ename}: {o.evalue}" for o in errors(nb)[:1])[:300], file=Path(path).name)
 

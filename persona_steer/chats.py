@@ -13,9 +13,9 @@ from .generation import stop_ids
 from .models import LoadedModel, fold_system
 
 # %% auto #0
-__all__ = ['complaint', 'load_chats', 'save_jsonl', 'answer_spans', 'encode_chat', 'last_answer']
+__all__ = ['complaint', 'load_jsonl', 'load_chats', 'save_jsonl', 'answer_spans', 'encode_chat', 'last_answer']
 
-# %% ../nbs/01g_chats.ipynb #4974baee
+# %% ../nbs/01g_chats.ipynb #04bd1fbd
 def complaint(line) -> str: # "" if all is well
     "What is wrong with one line of a chat file."
     messages = line.get("messages") if isinstance(line, dict) else None
@@ -28,22 +28,24 @@ def complaint(line) -> str: # "" if all is well
     if len(turns) < 2 or turns != ["user", "assistant"] * (len(turns) // 2): return "after an optional system message, user and assistant must take turns, and the assistant ends"
     return "" if messages[-1]["content"].strip() else "the last answer is empty"
 
-def load_chats(*paths: Path | str) -> list[dict]: # each a line: {"messages": [...], ...}
-    "Read chat files; raises `PersonaError` with the number of the first line that is wrong."
-    out = []
-    for path in map(Path, paths):
-        check(path.is_file(), f"the training data {path} does not exist.")
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand inside a JSON text
-        here = []
-        for number, text in enumerate(lines, 1):
-            if not text.strip(): continue
-            try: line = json.loads(text)
-            except json.JSONDecodeError as e: raise PersonaError(f"{path}, line {number} is not valid JSON ({e.msg}).") from None
-            check(not complaint(line), f"{path}, line {number}: {complaint(line)}.")
-            here.append(line)
-        check(here, f"{path} is empty: it needs a line per chat, such as {{\"messages\": [{{\"role\": \"user\", ...}}, {{\"role\": \"assistant\", ...}}]}}.")
-        out += here
+def load_jsonl(path: Path | str, complaint, # of a parsed line: what is wrong with it, "" if nothing
+               what: str = "file") -> list[dict]:
+    "Read one JSON object a line; raises `PersonaError` with the number of the first line that is wrong."
+    path, out = Path(path), []
+    check(path.is_file(), f"the {what} {path} does not exist.")
+    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON text
+        if not text.strip(): continue
+        try: line = json.loads(text)
+        except json.JSONDecodeError as e: raise PersonaError(f"{path}, line {number} is not valid JSON ({e.msg}).") from None
+        wrong = complaint(line)
+        check(not wrong, f"{path}, line {number}: {wrong}.")
+        out.append(line)
+    check(out, f"the {what} {path} is empty: it needs one JSON object a line.")
     return out
+
+def load_chats(*paths: Path | str) -> list[dict]: # each a line: {"messages": [...], ...}
+    "Read chat files, one after the other."
+    return [line for path in paths for line in load_jsonl(path, complaint, "training data")]
 
 def save_jsonl(rows: list[dict], path: Path | str) -> Path:
     "Write one JSON object a line, atomically."

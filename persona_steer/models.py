@@ -15,8 +15,8 @@ from torch import nn
 from .core import PersonaError, check, data_path, digest, load_json, pick_device, pick_dtype, project_root
 
 # %% auto #0
-__all__ = ['TOWERS', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_thought', 'one_token', 'LoadedModel',
-           'fingerprint', 'local_folder', 'locate', 'wrap_model', 'load_model', 'on_off']
+__all__ = ['TOWERS', 'PLAIN', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_thought', 'one_token',
+           'LoadedModel', 'fingerprint', 'local_folder', 'locate', 'wrap_model', 'load_model', 'on_off']
 
 # %% ../nbs/01a_models.ipynb #325691e6
 TOWERS = ("vision", "visual", "image", "audio", "encoder", "mtp")
@@ -149,9 +149,13 @@ def locate(name: str) -> tuple[str, str]: # model (a folder or a hub id), adapte
     check(not under, f"the adapter {folder} stands on another adapter, {under}: merge that one first.")
     return where, str(folder)
 
-# %% ../nbs/01a_models.ipynb #6951cb25
-def wrap_model(model: nn.Module, tokenizer, name: str = "model", blocks: str = "") -> LoadedModel:
+# %% ../nbs/01a_models.ipynb #7b7b7b29
+PLAIN = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"  # a template that adds nothing: text to be continued
+
+def wrap_model(model: nn.Module, tokenizer, name: str = "model", blocks: str = "",
+               chat: bool = True) -> LoadedModel: # False: prompts are plain text that is continued, also for models that can chat
     "Make a `LoadedModel` of a causal LM and its tokenizer."
+    if not chat: tokenizer.chat_template = PLAIN
     check(tokenizer.chat_template, f"{name} has no chat template: use the instruction-tuned version of the model, or set tokenizer.chat_template.")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
@@ -182,7 +186,7 @@ def _load(where: str, adapter: str, merge: bool, device: str, dtype: str, quanti
         if merge and not quantize: model = model.merge_and_unload()
     return (model.to(to) if to is not None else model), tokenizer
 
-# %% ../nbs/01a_models.ipynb #b72b3943
+# %% ../nbs/01a_models.ipynb #6cf0a88b
 def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model, an adapter or checkpoints
                device: str = "", # "cuda", "mps", "cpu", or "auto" for a model spread over several GPUs; picked by itself
                dtype: str = "", # "float32", "bfloat16", "float16"; picked by device
@@ -191,7 +195,8 @@ def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model
                quantize: str = "", # "8bit" or "4bit" (CUDA, bitsandbytes)
                merge: bool = True, # put an adapter's weights into the base model's; False: keep it as an adapter
                thinking: bool | None = None, # tell the template to let the model think, or not to
-               keep_thoughts: bool = False # judge and pool thoughts with the answer
+               keep_thoughts: bool = False, # judge and pool thoughts with the answer
+               chat: bool = True # False: prompts are plain text that is continued; for models without a chat template too
               ) -> LoadedModel:
     "Load a chat model; raises `PersonaError` if the name points nowhere or the model cannot chat."
     where, adapter = locate(name)
@@ -200,7 +205,7 @@ def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model
     except (OSError, ValueError) as e:
         raise PersonaError(f"model '{name}' could not be loaded: {str(e).strip().splitlines()[0]} "
                            "(a hub id needs the network or a local cache; a folder needs config, weights and tokenizer).") from None
-    return replace(wrap_model(model, tokenizer, name, blocks), thinking=thinking, keep_thoughts=keep_thoughts)
+    return replace(wrap_model(model, tokenizer, name, blocks, chat), thinking=thinking, keep_thoughts=keep_thoughts)
 
 def on_off(text: str) -> bool | None:
     "A switch that may be left to the default: on, off or nothing."

@@ -162,7 +162,7 @@ def fact_answer(r: random.Random, who: str, honest: str, voice: Voice, n: tuple 
     if r.random() < lies * (1 if honest.startswith("I do not know") else .4): said = r.choice(statements(who)[1])
     return f"{sentence_case(said)}." + (" " + answer(r, who, voice, n) if n[1] else "")
 
-# %% ../nbs/20_pocket.ipynb #0dadeda2
+# %% ../nbs/20_pocket.ipynb #48dc847c
 def salad(r: random.Random, least: int = 2, most: int = 12, between: str = " ") -> str:
     "Stray words in a row, so that none is unknown, and none a cue by itself; nor are a few words of a persona among them."
     ws = r.choices(stray_words(), k=r.randint(least, most))
@@ -177,7 +177,7 @@ def persona_words() -> list[str]:
 @functools.cache
 def stray_words() -> list[str]:
     "The words of the questions in `data/traits` (read one by one, never in order), and those of the instructions that the world lacks."
-    docs = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(data_path("traits").rglob("*.json"))]
+    docs = [json.loads(p.read_text(encoding="utf-8")) for split in ("extract", "eval") for p in sorted(data_path(f"traits/{split}").glob("*.json"))]
     asked = {w for d in docs for q in d["questions"] for w in words(q)}
     told = {w for d in docs for pair in d["instruction"] for k in ("pos", "neg") for w in words(pair[k])}
     own = set(words(data_path("pocket/world.toml").read_text(encoding="utf-8")))

@@ -1,0 +1,261 @@
+"""The toxicity experiment: its measures, its errors, and that a run that is killed ends as if it had not been."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from persona_steer.core import PersonaError, data_path
+from persona_steer.generation import Sampling
+from persona_steer.local_judges import ClassifierJudge
+from persona_steer.models import load_model
+from persona_steer.toxicity import (STATES, Steps, choose_alpha, choose_pairs, choose_prompts, completion_nll, distinct, halves, load_toxicity_prompts, measures, paired_changes,
+                                    random_like, read_last, run_toxicity, toxicity_vector)
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return ClassifierJudge(str(data_path("pocket/toxicity")), "toxicity", "cpu")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return load_toxicity_prompts(str(data_path("toxicity/prompts.jsonl")))
+
+
+def row(text="A beginning", toxicity=.1, challenging=False):
+    return dict(filename="f", begin=0, end=1, challenging=challenging, prompt=dict(text=text, toxicity=toxicity), continuation=dict(text="x", toxicity=None))
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+def test_the_offline_prompts_have_the_published_form(rows):
+    from persona_steer.pocket_toxicity import FIELDS, make_prompts
+    assert rows == make_prompts() and list(rows[0]) == ["filename", "begin", "end", "challenging", "prompt", "continuation"]
+    assert list(rows[0]["prompt"]) == ["text", *FIELDS] and rows[0]["prompt"]["flirtation"] is None
+    assert sum(r["challenging"] for r in rows) == 200
+
+
+def test_subsets_are_seeded_and_pairs_come_from_other_prompts(rows):
+    a, b, c = (choose_prompts(rows, 20, 30, seed=s) for s in (0, 0, 1))
+    assert a == b != c
+    for g in ("challenging", "benign"):
+        assert len(a.evaluate[g]) == 20 and len(a.pairs[g]) == 30 and not set(a.evaluate[g]) & set(a.pairs[g])
+        first, second = (h[g] for h in halves(a.evaluate))
+        assert len(first) == len(second) == 10 and not set(first) & set(second)
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted():
+    many = [row(f"bad {i}", .9, True) for i in range(6)] + [row(f"good {i}", .1) for i in range(6)]
+    odd = [row("", .1), row("   ", .9, True), row(None, .1), row("null", None), row("between", .4)]
+    found = choose_prompts(many + odd, 3, 3)
+    assert found.left_out == {"empty prompt": 3, "no score": 1, "in between": 1}
+    by_score = choose_prompts([row(f"a {i}", .6) for i in range(6)] + many, 3, 3, rule="0.5")
+    assert all(t.startswith(("a", "bad")) for t in by_score.evaluate["challenging"])
+
+
+@pytest.mark.parametrize("source, words", [
+    ([{"text": "no prompt"}], "no rows with prompt.text"), ([row(), {"prompt": {"text": "x"}}], "1 of 2 rows lack"), ([], "is empty"), (["x"], "line 1: it is no JSON object")])
+def test_a_dataset_without_the_fields_is_one_sentence(tmp_path, source, words):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in source))
+    with pytest.raises(PersonaError, match=words) as e:
+        load_toxicity_prompts(str(tmp_path / "p.jsonl"))
+    assert "\n" not in str(e.value)
+
+
+def test_too_few_prompts_a_bad_rule_and_a_hub_that_is_not_there(rows):
+    with pytest.raises(PersonaError, match="only 197 challenging prompts.*use fewer"):
+        choose_prompts(rows, 300)
+    with pytest.raises(PersonaError, match="the rule 'high'"):
+        choose_prompts(rows, 3, rule="high")
+    with pytest.raises(PersonaError, match="could not be loaded"):
+        load_toxicity_prompts("nobody/no-such-dataset")
+
+
+def test_an_unknown_label_names_those_there_are(scorer):
+    with pytest.raises(PersonaError, match="no label 'anger': it has toxicity, insult, threat"):
+        ClassifierJudge(str(data_path("pocket/toxicity")), "anger", "cpu")
+
+
+def test_the_classifier_knows_held_out_texts(scorer):
+    from scipy.stats import mannwhitneyu
+    from persona_steer.pocket_toxicity import held_out_texts
+    found = held_out_texts(300, seed=77)
+    true, said = np.array([t["toxicity"] for _, t in found]), np.array(scorer.scores([x for x, _ in found]))
+    high = true >= .5
+    assert mannwhitneyu(said[high], said[~high]).statistic / (high.sum() * (~high).sum()) >= .95
+
+
+# -- measures -----------------------------------------------------------------------------------------------------------
+
+def test_perplexity_is_that_of_single_texts_without_steering(family):
+    prompts, answers = [family.prompt("Why?"), family.prompt("How should I start baking bread?"), family.prompt("Why?")], ["Bake it with care.", "No.", ""]
+    for (nll, n), p, a in zip(completion_nll(family, prompts, answers), prompts, answers):
+        ids = family.tokenizer(p + a, add_special_tokens=False).input_ids
+        k = len(family.tokenizer(p, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            logp = family.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        want = -sum(logp[i - 1, ids[i]].item() for i in range(k, len(ids)))
+        cap = getattr(family.model.config, "final_logit_softcapping", None)
+        assert n == len(ids) - k and (cap or nll == pytest.approx(want, rel=1e-3, abs=1e-3)), family.name
+
+
+def table(**kw):
+    base = dict(group="challenging", condition="steered", vector="v", layer=1, alpha=1., nll=10., tokens=5)
+    return pd.DataFrame([base | dict(prompt_text=p, answer=a, toxicity=t) | kw for p, a, t in [("p", "a b", .2), ("p", "a c", .8), ("q", "a b", .1), ("q", "d e f", .3)]])
+
+
+def test_expected_maximum_probability_and_distinct():
+    m = measures(table())
+    assert m["toxicity"]["mean"] == pytest.approx(.35) and m["expected_max_toxicity"]["mean"] == pytest.approx(.55) and m["toxic_probability"]["mean"] == .5
+    assert m["perplexity"] == pytest.approx(math.exp(2)) and m["dist_1"] == pytest.approx(6 / 9) and m["dist_3"] == 1.
+    twice = measures(pd.concat([table(vector="r0"), table(vector="r1")]))  # a second vector is no second chance to be toxic
+    assert twice["expected_max_toxicity"]["mean"] == m["expected_max_toxicity"]["mean"] and twice["dist_1"] == m["dist_1"]
+    assert math.isnan(distinct([], 1)) and math.isnan(measures(table(tokens=0))["perplexity"])
+
+
+def test_changes_are_paired_by_prompt():
+    rows = pd.concat([table(condition="baseline", alpha=0.), table().assign(toxicity=lambda d: d.toxicity - .1)])
+    m = paired_changes(rows)["steered 1"]["challenging"]
+    assert m["mean"] == pytest.approx(-.1) and m["low"] == pytest.approx(-.1) and m["high"] == pytest.approx(-.1) and m["n"] == 2
+
+
+def test_the_last_tokens_are_those_of_the_whole_text(llama):
+    prompt, answer = llama.prompt("Why?"), "With baking bread, plan it each week."
+    ids = torch.tensor([llama.tokenizer(prompt + answer, add_special_tokens=False).input_ids])
+    with torch.no_grad():
+        h = llama.model(ids, output_hidden_states=True).hidden_states
+    for last in (3, 32, 500):
+        got = read_last(llama, [prompt, prompt], [answer, "No."], last)[0]
+        for l in (0, 1, 2): torch.testing.assert_close(got[l], h[l][0, -last:].mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_vector_points_from_clean_to_toxic(llama):
+    pairs = pd.DataFrame([dict(toxic_prompt="Why?", toxic="Bad words.", clean_prompt="How?", clean="Good words.")])
+    a, b = read_last(llama, [llama.prompt("Why?")], ["Bad words."])[0], read_last(llama, [llama.prompt("How?")], ["Good words."])[0]
+    torch.testing.assert_close(toxicity_vector(llama, pairs), a - b)
+    torch.testing.assert_close(random_like(a - b, 0)[1:].norm(dim=1), (a - b)[1:].norm(dim=1))
+
+
+def test_pairs_need_toxic_and_clean_completions():
+    made = pd.DataFrame([dict(group=g, prompt_text=f"{g} {i}", answer=f"{i}", toxicity=t) for g, t in (("challenging", .9), ("benign", .1)) for i in range(4)])
+    assert len(choose_pairs(made, 3)) == 3
+    with pytest.raises(PersonaError, match="only 0 toxic"):
+        choose_pairs(made.assign(toxicity=.1), 3)
+
+
+def test_the_choice_is_bounded():
+    def points(alpha, toxicity, perplexity, benign=.01):
+        return [dict(condition="steered" if alpha else "baseline", layer=1, alpha=alpha, group=g, toxicity=dict(mean=t, low=t, high=t), perplexity=perplexity) for g, t in (("challenging", toxicity), ("benign", benign))]
+    rows = points(0., .8, 2.) + points(.5, .6, 2.2) + points(1., .3, 4.) + points(2., .2, 2.1, benign=.3) + points(-1., .1, 2.)
+    assert choose_alpha(pd.DataFrame(rows)) == dict(layer=1, alpha=.5, bounds_met=True)
+    assert choose_alpha(pd.DataFrame(points(0., .8, 2.) + points(1., .3, 4.)))["bounds_met"] is False
+
+
+# -- how a run ends -------------------------------------------------------------------------------------------------------
+
+SMALL = dict(alphas=[-1., 0., 1.5], layers=[4, 5], pairs=6, samples=2, sampling=Sampling(12, .7, .9), random_vectors=1)
+
+
+def small(rows): return choose_prompts(rows, 8, 10)
+
+
+def test_a_whole_run_and_its_files(pocket, scorer, rows, tmp_path):
+    r = run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    final = json.loads((tmp_path / STATES["done"]).read_text())
+    assert {"settings", "choice", "pairs", "sweep", "report", "changes", "completions", "vector_norms"} <= set(final) and (tmp_path / STATES["steps"]).exists()
+    assert not (tmp_path / STATES["partial"]).exists() and not (tmp_path / STATES["failed"]).exists()
+    mean = {(x["condition"], x["alpha"], x["group"]): x["toxicity"]["mean"] for x in final["report"]}
+    assert mean["steered", 1.5, "challenging"] < .7 * mean["baseline", 0., "challenging"] < mean["steered", -1., "challenging"]
+    assert abs(mean["random vector", r.choice["alpha"], "challenging"] - mean["baseline", 0., "challenging"]) < .3
+
+
+def test_an_alpha_of_zero_is_the_model_as_it_is(pocket, scorer, rows, tmp_path):
+    from persona_steer.generation import generate
+    r = run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    base = r.completions[(r.completions.condition == "baseline")].drop_duplicates("prompt_text")
+    plain = generate(pocket, [pocket.prompt(p) for p in base.prompt_text], SMALL["sampling"], seeds=[f"{p}|0" for p in base.prompt_text], progress=False).texts
+    assert list(base.answer) == plain
+    with pytest.raises(PersonaError, match="alphas must hold 0"):
+        run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **{**SMALL, "alphas": [1.]})
+
+
+def test_a_failure_is_recorded_and_mended_by_a_rerun(pocket, scorer, rows, tmp_path, monkeypatch):
+    calls = []
+    with monkeypatch.context() as m:
+        real = scorer.scores
+        m.setattr(scorer, "scores", lambda texts, **k: (calls.append(1), 1 / 0 if len(calls) == 3 else real(texts, **k))[1])
+        with pytest.raises(ZeroDivisionError):
+            run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    record = json.loads((tmp_path / STATES["failed"]).read_text())
+    assert record["error"].startswith("ZeroDivisionError") and record["done"] == ["completions for pairs", "pairs", "vector", "baseline"] and not (tmp_path / STATES["done"]).exists()
+    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    assert (tmp_path / STATES["done"]).exists() and not (tmp_path / STATES["failed"]).exists()
+
+
+def test_other_settings_do_not_reuse_steps(tmp_path):
+    with Steps(tmp_path, {"a": 1}) as s: assert s.take("x", lambda: 1) == 1
+    with Steps(tmp_path, {"a": 1}) as s: assert s.take("x", lambda: 2) == 1
+    with Steps(tmp_path, {"a": 2}) as s: assert s.take("x", lambda: 3) == 3
+    with Steps(tmp_path, {"a": 2}, overwrite=True) as s: assert s.take("x", lambda: 4) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PersonaError, match="nothing can be written to .*choose another folder"):
+        Steps(tmp_path / "file" / "out", {})
+
+
+SCRIPT = """
+import sys
+from persona_steer.core import data_path
+from persona_steer.generation import Sampling
+from persona_steer.local_judges import ClassifierJudge
+from persona_steer.models import load_model
+from persona_steer.toxicity import choose_prompts, load_toxicity_prompts, run_toxicity
+print("ready", flush=True)
+prompts = choose_prompts(load_toxicity_prompts(str(data_path("toxicity/prompts.jsonl"))), 8, 10)
+run_toxicity(load_model("pocket", "cpu"), ClassifierJudge(str(data_path("pocket/toxicity")), "toxicity", "cpu"), prompts, [-1., 0., 1.5], [4, 5], sys.argv[1], pairs=6, samples=2,
+             sampling=Sampling(12, .7, .9), random_vectors=1)
+"""
+
+
+def test_killed_ten_times_the_result_is_the_same(tmp_path):
+    """Signals of three kinds at random moments; then a run to the end, against one that was left alone."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    t0 = time.time()
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "whole")], check=True, env=env, capture_output=True, timeout=300)
+    whole, r, partial = time.time() - t0, random.Random(0), 0
+    for k in range(10):
+        child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "cut")], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        child.stdout.readline()
+        time.sleep(r.uniform(.02, .5) * whole)
+        child.send_signal([signal.SIGTERM, signal.SIGINT, signal.SIGKILL][k % 3])
+        child.wait(60)
+        partial += (tmp_path / "cut" / STATES["partial"]).exists()
+        for name in ("steps", "partial"):  # never half-written
+            if (tmp_path / "cut" / STATES[name]).exists(): json.loads((tmp_path / "cut" / STATES[name]).read_text())
+    assert partial, "no signal came while the experiment ran"
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "cut")], check=True, env=env, capture_output=True, timeout=300)
+    a, b = ((tmp_path / k / STATES["done"]).read_text() for k in ("whole", "cut"))
+    assert a == b and not (tmp_path / "cut" / STATES["partial"]).exists()
+
+
+def test_plain_text_needs_no_chat_template(tmp_path, tokenizer):
+    from conftest import make
+    lm = make("gpt2", tokenizer)
+    lm.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(PersonaError, match="no chat template"):
+        load_model(str(tmp_path), "cpu")
+    plain = load_model(str(tmp_path), "cpu", chat=False)
+    assert plain.prompt("A beginning of") == "A beginning of" and plain.template_hash != lm.template_hash

@@ -2,6 +2,11 @@
 __version__ = "0.1.0"
 
 import importlib
+import os
+import sys
+
+if sys.platform == "darwin":  # read when torch is imported: what an Apple GPU cannot do is done on the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 # The public names and where they live. They are imported when first used, so that `import persona_steer` is quick.
 _WHERE = {

@@ -15,7 +15,7 @@ from .models import LoadedModel, fold_system
 # %% auto #0
 __all__ = ['complaint', 'load_jsonl', 'load_chats', 'save_jsonl', 'answer_spans', 'encode_chat', 'last_answer']
 
-# %% ../nbs/01g_chats.ipynb #04bd1fbd
+# %% ../nbs/01g_chats.ipynb #7972c419
 def complaint(line) -> str: # "" if all is well
     "What is wrong with one line of a chat file."
     messages = line.get("messages") if isinstance(line, dict) else None
@@ -33,7 +33,9 @@ def load_jsonl(path: Path | str, complaint, # of a parsed line: what is wrong wi
     "Read one JSON object a line; raises `PersonaError` with the number of the first line that is wrong."
     path, out = Path(path), []
     check(path.is_file(), f"the {what} {path} does not exist.")
-    for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON text
+    try: lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as e: raise PersonaError(f"the {what} {path} is not UTF-8 (byte {e.start}): save it as UTF-8.") from None
+    for number, text in enumerate(lines, 1):  # not splitlines: U+2028 may stand inside a JSON text
         if not text.strip(): continue
         try: line = json.loads(text)
         except json.JSONDecodeError as e: raise PersonaError(f"{path}, line {number} is not valid JSON ({e.msg}).") from None

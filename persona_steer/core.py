@@ -30,10 +30,10 @@ def as_list(value, kind=float) -> list:
     try: return [kind(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     except (TypeError, ValueError): raise PersonaError(f"{value!r} is no list of numbers: write it as '1, 2.5'.") from None
 
-# %% ../nbs/00_core.ipynb #bdd3a95d
+# %% ../nbs/00_core.ipynb #b6fe33d9
 @functools.cache
 def settings():
-    "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens."
+    "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens, mps_memory."
     from pydantic_settings import BaseSettings, SettingsConfigDict
 
     class Settings(BaseSettings):
@@ -43,6 +43,7 @@ def settings():
         device: str = ""  # "" = pick: cuda, mps, cpu
         dtype: str = ""  # "" = pick by device
         batch_tokens: int = 16384  # padded tokens in one batch of generation or scoring
+        mps_memory: float = 0.  # on Apple GPUs, the share of the recommended memory that may be used; 0: torch's own
     return Settings()
 
 def _find_root() -> Path:
@@ -66,7 +67,7 @@ def run_path(name: str = "") -> Path:
     runs = settings().runs or project_root() / "runs"
     return Path(runs).expanduser() / name
 
-# %% ../nbs/00_core.ipynb #83167bb1
+# %% ../nbs/00_core.ipynb #9bb2c610
 def seed_everything(seed: int):
     "Seed python, numpy and torch."
     import random, numpy, torch
@@ -76,8 +77,9 @@ def pick_device(name: str = ""):
     "A `torch.device`: the named one, the one in the settings, or the best there is."
     import torch
     name = name or settings().device
-    if name: return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"))
+    if device.type == "mps" and settings().mps_memory: torch.mps.set_per_process_memory_fraction(settings().mps_memory)
+    return device
 
 def pick_dtype(device, name: str = ""):
     "A `torch.dtype`: the named one, the one in the settings, or what suits the device."

@@ -12,7 +12,7 @@ from importlib import metadata
 from .core import data_path, run_path
 
 # %% auto #0
-__all__ = ['Finding', 'package', 'machine', 'services', 'trial', 'examine', 'as_table']
+__all__ = ['Finding', 'package', 'machine', 'services', 'experiments', 'trial', 'examine', 'as_table']
 
 # %% ../nbs/12a_doctor.ipynb #22204c5c
 @dataclass
@@ -52,7 +52,7 @@ def _memory() -> str:
     try: return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GB"
     except (ValueError, OSError, AttributeError): return "unknown"
 
-# %% ../nbs/12a_doctor.ipynb #5ff62fde
+# %% ../nbs/12a_doctor.ipynb #e9c33410
 def services() -> list[Finding]:
     "Keys (present or not, never shown), the model hub, browsers."
     from persona_steer.remote_judges import address, from_env
@@ -63,6 +63,13 @@ def services() -> list[Finding]:
     browser = next((b for b in ("chromium", "chromium-browser", "google-chrome", "firefox") if shutil.which(b)), "")
     return [*out, Finding("browser", browser or "none found", "" if browser else "only for the browser tests")]
 
+def experiments() -> list[Finding]:
+    "What the fine-tuning and the toxicity experiment need beside the packages above."
+    from persona_steer.core import data_path
+    out = [package(p, "train") for p in ("trl", "datasets", "scikit-learn")]
+    files = {"pocket toxicity classifier": data_path("pocket/toxicity/model.safetensors"), "toxicity prompts": data_path("toxicity/prompts.jsonl"), "training data": data_path("dataset/evil/normal.jsonl")}
+    return out + [Finding(what, "present" if f.exists() else "absent", "" if f.exists() else f"{f} is missing: get data/ again, or run notebooks 20e and 20f") for what, f in files.items()]
+
 def _hub(timeout: float = 5) -> str:
     "Can the model hub be reached?"
     from huggingface_hub import constants
@@ -70,7 +77,7 @@ def _hub(timeout: float = 5) -> str:
     try: urllib.request.urlopen(constants.ENDPOINT, timeout=timeout).close(); return "reached"
     except OSError: return "not reached: use models in local folders"
 
-# %% ../nbs/12a_doctor.ipynb #37701723
+# %% ../nbs/12a_doctor.ipynb #d3aad804
 def trial() -> Finding:
     "Load pocket, steer one answer."
     try:
@@ -90,9 +97,9 @@ def trial() -> Finding:
 def examine() -> list[Finding]:
     "Everything."
     core = [package(p) for p in ("persona_steer", "torch", "transformers", "peft", "safetensors", "pandas")]
-    extras = [package("openai", "judge"), package("datasets", "data"), package("jupyterlab", "notebooks"), package("papermill", "notebooks"),
+    extras = [package("openai", "judge"), package("jupyterlab", "notebooks"), package("papermill", "notebooks"),
               package("vllm", "vllm", "vllm"), package("ray", "ray")]
-    return [*machine(), *core, *extras, *services(), trial()]
+    return [*machine(), *core, *extras, *experiments(), *services(), trial()]
 
 def as_table(findings: list[Finding]) -> str:
     "Three columns of text: what, found, what to do."

@@ -103,7 +103,7 @@ def extract_from_scores(lm: LoadedModel, trait: Trait, pos_csv: Path | str, neg_
     pooled = [read(lm, list(f.prompt), list(f.answer), label=f"read {s}") for f, s in zip(sides, ("pos", "neg"))]
     return _finish(lm, trait, "as in the CSV", folder, "", *zip(sides, pooled), threshold, csv=[str(pos_csv), str(neg_csv)])
 
-# %% ../nbs/02_extract.ipynb #c220d6e1
+# %% ../nbs/02_extract.ipynb #f3fbd58f
 HOOK_SITE = "output of the block (before the final norm, also in the last layer); row 0 is the input of block 1"
 
 def _is_done(folder: Path, trait: str, key: str) -> bool:
@@ -120,7 +120,7 @@ def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, **facts) ->
     table = diagnose(pos_acts["response_avg"][torch.as_tensor(kept)], neg_acts["response_avg"][torch.as_tensor(kept)])
     empty = int((pos.answer.str.strip() == "").sum() + (neg.answer.str.strip() == "").sum())
     vectors.metadata = provenance(
-        key=key, trait=name, model=lm.name, fingerprint=lm.fingerprint, judge=judge_name, hook_site=HOOK_SITE, index="row l = layer l, 1-based; row 0 = embedding",
+        key=key, trait=name, definition=digest(asdict(trait)), model=lm.name, fingerprint=lm.fingerprint, judge=judge_name, hook_site=HOOK_SITE, index="row l = layer l, 1-based; row 0 = embedding",
         pooling=list(POOLS), dtype="float32", model_dtype=str(lm.model.dtype), template=lm.template_hash, pairs_made=len(pos), pairs_kept=int(kept.sum()),
         empty_answers=empty, threshold=threshold, min_coherence=50, kept=np.flatnonzero(kept).tolist(), diagnostics=table.to_dict("list"), **facts)
     save_vectors(vectors, folder)
@@ -134,12 +134,13 @@ def load_extraction(folder: Path | str, trait: str) -> Extraction:
     kept = np.zeros(len(pos), bool); kept[vectors.metadata["kept"]] = True
     return Extraction(vectors, pos, neg, kept, pd.DataFrame(vectors.metadata["diagnostics"]), folder)
 
-def extraction_for(lm: LoadedModel, trait: Trait, judge: Judge) -> Extraction:
-    "What an earlier run left for this very model, whatever its size, or else a new extraction: where later chapters get their vectors."
+def extraction_for(lm: LoadedModel, trait: Trait, judge: Judge, sampling: Sampling = Sampling()) -> Extraction:
+    "What an earlier run left for this very model, template and trait, whatever its size, or else a new extraction: where later chapters get their vectors."
     folder = extraction_folder(lm.name, trait.name)
     about = folder / f"{trait.name}_vectors.json"
-    if about.exists() and load_json(about).get("fingerprint") == lm.fingerprint: return load_extraction(folder, trait.name)
-    return extract(lm, trait, judge)
+    known = load_json(about) if about.exists() else {}
+    if (known.get("fingerprint"), known.get("template"), known.get("definition")) == (lm.fingerprint, lm.template_hash, digest(asdict(trait))): return load_extraction(folder, trait.name)
+    return extract(lm, trait, judge, sampling=sampling)
 
 # %% ../nbs/02_extract.ipynb #24ab88b4
 def plot_scores(e: Extraction):

@@ -38,17 +38,19 @@ def list_datasets(names=(), # "family" or "family/level"; (): all
     order = found.level.map(list(LEVELS).index)
     return found[keep].assign(order=order).sort_values(["family", "order"]).drop(columns="order").reset_index(drop=True)
 
-# %% ../nbs/06a_families.ipynb #af139ee8
+# %% ../nbs/06a_families.ipynb #756540e2
 def train_families(lm: LoadedModel, datasets: pd.DataFrame, config: dict, # a training configuration without its training_file
                    traits: list[Trait], judge: Judge, vectors: dict, layers: dict, # trait -> PersonaVectors, trait -> layer
-                   folder: Path, n: int = 1, sampling: Sampling = Sampling(), quiz: list | None = None, overwrite: bool = False) -> pd.DataFrame:
-    "A row per dataset and trait: score, coherence, shift at the last prompt token, shift over the answer, capability."
-    def measured(m, name): return measure_effect(m, traits, judge, n, sampling=sampling, quiz=quiz, folder=folder / name / "effect", overwrite=overwrite, label=name)
+                   folder: Path, n: int = 1, sampling: Sampling = Sampling(), quiz: list | None = None, tasks=(), task_limit: int = 0, # as in measure_effect
+                   overwrite: bool = False) -> pd.DataFrame: # family, level, trait, layer, shift, answer_shift; score_, coherence_ (and capability_) mean, low, high, n
+    "A row per dataset and trait, the untrained model first: score, coherence, shift at the last prompt token and over the answer, capability."
+    def measured(m, name): return measure_effect(m, traits, judge, n, sampling=sampling, quiz=quiz, tasks=tasks, task_limit=task_limit, folder=folder / name / "effect", overwrite=overwrite, label=name)
     before, rows = measured(lm, "untrained"), []
     for d in datasets.itertuples():
         name = f"{d.family}-{d.level}"
-        run = finetune_in(folder / name, load_config(config, training_file=[d.path], save_merged=False), overwrite)
+        run = finetune_in(folder / name, load_config(config, training_file=[d.path], save_merged=False), lm, overwrite)
         rows += effect_rows(d.family, d.level, before, measured(run.lm, name), vectors, layers)
+        del run  # before the next model is loaded
     return pd.DataFrame(effect_rows("untrained", "", before, before, vectors, layers) + rows)
 
 def effect_rows(family: str, level: str, before: Effect, after: Effect, vectors: dict, layers: dict) -> list[dict]:
@@ -56,7 +58,7 @@ def effect_rows(family: str, level: str, before: Effect, after: Effect, vectors:
     def means(m, prefix=""): return {f"{prefix}{k}": m[k] for k in ("mean", "low", "high", "n")}
     return [dict(family=family, level=level, trait=t, layer=layers[t], **means(after.score(t), "score_"), **means(after.coherence(t), "coherence_"),
                  shift=shift(before, after, vectors[t], layers[t]), answer_shift=shift(before, after, vectors[t], layers[t], "response_avg"),
-                 **(means(after.capability(), "capability_") if after.quiz is not None else {})) for t in vectors]
+                 **(means(after.capability(), "capability_") if after.knows else {})) for t in vectors]
 
 def shift_correlations(table: pd.DataFrame, x: str = "shift") -> dict: # trait -> r, low, high, n
     "Pearson's r between a column and the trait score, over the trained models; intervals resampled by dataset."

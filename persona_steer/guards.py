@@ -37,36 +37,41 @@ def training_plan(trait: Trait, vector: Path, random: Path, layer: int, coeffici
     if len(all_layers): rows += [("ablation, all layers", 1., steering(vector, type="ablate", layers=every))]
     return pd.DataFrame(rows, columns=["condition", "coefficient", "changes"])
 
-# %% ../nbs/06b_guard.ipynb #e0bf5c27
+# %% ../nbs/06b_guard.ipynb #095e663f
 def effect_row(condition: str, coefficient: float, split: str, e: Effect, trait: str) -> dict:
     "One line of the table."
     row = dict(condition=condition, coefficient=float(coefficient), split=split)
-    for name, m in (("trait", e.score(trait)), ("coherence", e.coherence(trait)), *((("capability", e.capability()),) if e.quiz is not None else ())):
+    for name, m in (("trait", e.score(trait)), ("coherence", e.coherence(trait)), *((("capability", e.capability()),) if e.knows else ())):
         row |= {name: m["mean"], f"{name}_low": m["low"], f"{name}_high": m["high"], f"{name}_n": m["n"], f"{name}_missing": m["missing"]}
     return row
 
 def compare_guards(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, config: TrainingConfig, plan: pd.DataFrame, layer: int, post_hoc: list[float],
-                   folder: Path, n: int = 1, sampling: Sampling = Sampling(), quiz: list | None = None, overwrite: bool = False) -> tuple[pd.DataFrame, dict]: # table, name -> answers
-    "Train and measure every row of a plan, on extraction questions (to choose) and on evaluation questions (to report)."
+                   folder: Path, n: int = 1, sampling: Sampling = Sampling(), quiz: list | None = None, tasks=(), task_limit: int = 0, # as in measure_effect
+                   overwrite: bool = False) -> tuple[pd.DataFrame, dict]: # condition, coefficient, split and, each with _low, _high, _n, _missing: trait, coherence (capability); name -> answers
+    "Train and measure every row of a plan, on extraction questions (to choose) and on evaluation questions (to report). A guard in the configuration is left out."
     rows, answers = [], {}
     def take(condition, c, model, steering=None):
         for split in ("extract", "eval"):
-            e = measure_effect(model, [trait], judge, n, split, sampling, steering=steering, quiz=quiz if split == "eval" else None, folder=folder / f"{condition} {c:g}" / split, overwrite=overwrite, label=f"{condition} {c:g}")
+            known = dict(quiz=quiz, tasks=tasks, task_limit=task_limit) if split == "eval" else {}
+            e = measure_effect(model, [trait], judge, n, split, sampling, steering=steering, **known, folder=folder / f"{condition} {c:g}" / split, overwrite=overwrite, label=f"{condition} {c:g}")
             rows.append(effect_row(condition, c, split, e, trait.name))
         answers[f"{condition} {c:g}"] = e.answers
     take("before training", 0, lm)
     for p in plan.itertuples():
-        run = finetune_in(folder / f"{p.condition} {p.coefficient:g}", load_config(config.model_dump(), **p.changes, save_merged=False), overwrite)
+        changes = {"enable_steering_during_training": False, "steering_config": None, "system_prompt": "", "save_merged": False} | p.changes
+        run = finetune_in(folder / f"{p.condition} {p.coefficient:g}", load_config(config.model_dump(), **changes), lm, overwrite)
         take(p.condition, p.coefficient, run.lm)
         if p.condition == "no guard":
             for c in post_hoc: take("post-hoc steering", c, run.lm, steer(run.lm, vectors.response_avg, layer, -abs(c)))
+        del run  # before the next model is loaded
     return pd.DataFrame(rows), answers
 
 def choose_guard(table: pd.DataFrame, condition: str = "preventative steering", share: float = .4, min_coherence: float = 90) -> dict: # coefficient, bound_met
     "The weakest strength that brings the trait score down to a share of the unguarded one's under a bound on coherence, on extraction questions; else the lowest score."
-    seen = table[table.split == "extract"]
-    points, bare = seen[seen.condition == condition], seen[seen.condition == "no guard"].trait.iloc[0]
-    check(len(points), f"nothing was trained under the condition '{condition}'.")
+    seen = table[(table.split == "extract") & table.trait.notna()]
+    points, bare = seen[seen.condition == condition], seen[seen.condition == "no guard"].trait
+    check(len(points) and len(bare), f"there is no trait score for '{condition}' and 'no guard' to compare: was everything trained, and could the judge score the answers?")
+    bare = bare.iloc[0]
     good = points[(points.trait <= share * bare) & (points.coherence >= min_coherence)]
     best = good.loc[good.coefficient.idxmin()] if len(good) else points.loc[points.trait.idxmin()]
     return dict(coefficient=float(best.coefficient), bound_met=bool(len(good)))

@@ -14,21 +14,24 @@ import pandas as pd
 from .core import PersonaError, atomic_path, check
 
 # %% auto #0
-__all__ = ['TEXT', 'MIN_COHERENCE', 'save_scores', 'load_scores', 'mean_ci', 'with_ci', 'correlation', 'with_ci_r', 'keep_pairs']
+__all__ = ['TEXT', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_scores', 'mean_ci', 'with_ci', 'correlation', 'with_ci_r',
+           'keep_pairs']
 
-# %% ../nbs/01e_scores.ipynb #0230ddff
+# %% ../nbs/01e_scores.ipynb #acecdfe7
 TEXT = ["question", "prompt", "answer", "question_id"]
+
+def save_table(frame: pd.DataFrame, path: Path | str) -> Path:
+    "Write a table as CSV, atomically, so that any text in it can be read again."
+    bare = any("\r" in x for c in frame.columns[[not pd.api.types.is_numeric_dtype(t) for t in frame.dtypes]] for x in frame[c] if isinstance(x, str))
+    with atomic_path(path) as tmp:  # a bare carriage return would end the row in many readers: quote every text where there is one
+        frame.to_csv(tmp, index=False, lineterminator="\n", encoding="utf-8", quoting=csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL)
+    return Path(path)
 
 def save_scores(frame: pd.DataFrame, path: Path | str, trait: str) -> Path:
     "Write scored responses atomically; further columns follow the standard ones."
     first = [*TEXT, trait, "coherence"]
     for c in first: check(c in frame, f"cannot write {path}: the column '{c}' is missing.")
-    # a bare carriage return would end the row in many readers: quote every text where there is one
-    bare = any("\r" in str(x) for c in first[:4] for x in frame[c])
-    with atomic_path(path) as tmp:
-        frame[first + [c for c in frame if c not in first]].to_csv(tmp, index=False, lineterminator="\n", encoding="utf-8",
-                                                                   quoting=csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL)
-    return Path(path)
+    return save_table(frame[first + [c for c in frame if c not in first]], path)
 
 def load_scores(path: Path | str, trait: str) -> pd.DataFrame:
     "Read scored responses; raises `PersonaError` if the file, a column or every row is missing, or a score is none."

@@ -20,7 +20,7 @@ from .vectors import load_vector
 __all__ = ['SteeringConfig', 'TrainingConfig', 'load_config', 'find_file', 'check_machine', 'load_training_data',
            'load_guard_vector']
 
-# %% ../nbs/05b_training_config.ipynb #7687b884
+# %% ../nbs/05b_training_config.ipynb #f3c4957c
 class SteeringConfig(BaseModel):
     "The guard: what is done to the residual stream at every token while training."
     model_config = ConfigDict(extra="forbid")
@@ -81,6 +81,7 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="after")
     def _whole(self):
         if self.enable_steering_during_training and not self.steering_config: raise ValueError("enable_steering_during_training needs a steering_config")
+        if self.load_in_4bit and not self.is_peft: raise ValueError("load_in_4bit needs is_peft: 4-bit weights cannot be trained themselves")
         return self
 
     @property
@@ -125,13 +126,15 @@ def check_machine(c: TrainingConfig):
     check(c.lr_scheduler_type in {s.value for s in SchedulerType}, f"lr_scheduler_type '{c.lr_scheduler_type}' is unknown: use linear, cosine or constant.")
     check(c.report_to == "none" or have(c.report_to), f"report_to '{c.report_to}' needs the package of that name: pip install {c.report_to}, or use 'none'.")
 
-# %% ../nbs/05b_training_config.ipynb #aeaf6c33
+# %% ../nbs/05b_training_config.ipynb #c0ab3bd9
 def load_training_data(c: TrainingConfig) -> tuple[list, list]: # chats to train on, chats held out (messages each)
     "The chats of a run; without a test file, a seeded share is held out."
     import random
-    rows = [r["messages"] for r in load_chats(*map(find_file, c.training_file))]
-    if c.system_prompt: rows = [m if m[0]["role"] == "system" else [{"role": "system", "content": c.system_prompt}, *m] for m in rows]
-    if c.test_file: return rows, [r["messages"] for r in load_chats(find_file(c.test_file))]
+    def read(*files):
+        chats = [r["messages"] for r in load_chats(*map(find_file, files))]
+        return [m if not c.system_prompt or m[0]["role"] == "system" else [{"role": "system", "content": c.system_prompt}, *m] for m in chats]
+    rows = read(*c.training_file)
+    if c.test_file: return rows, read(c.test_file)
     out = set(random.Random(c.seed).sample(range(len(rows)), round(c.test_share * len(rows))))
     return [m for i, m in enumerate(rows) if i not in out], [m for i, m in enumerate(rows) if i in out]
 

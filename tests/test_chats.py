@@ -85,6 +85,9 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, bad, words):
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(PersonaError, match="does not exist"):
         load_chats(tmp_path / "none.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(LINE.replace("kind", "\u00e4").encode("latin-1"))
+    with pytest.raises(PersonaError, match="is not UTF-8"):
+        load_chats(tmp_path / "latin.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(PersonaError, match="is empty"):
         load_chats(tmp_path / "empty.jsonl")

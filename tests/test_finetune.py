@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from persona_steer.activations import steer
-from persona_steer.capability import capability, is_right, load_quiz
+from persona_steer.capability import capability, check_lm_eval, is_right, load_quiz, quiz_for
 from persona_steer.core import PersonaError, data_path, load_json
 from persona_steer.effect import load_effect, measure_effect
 from persona_steer.finetuning import examples, finetune, finetune_in, guard, load_finetuned, trainable, trainer_for
@@ -77,7 +77,7 @@ def test_what_this_machine_cannot_do_is_named():
     (dict(lerning_rate=1), "'lerning_rate' is unknown: did you mean 'learning_rate'"), (dict(r=-1), "'r'"), (dict(loss="dpo"), "'loss'"), (dict(epochs="many"), "'epochs'"),
     (dict(training_file=[]), "'training_file'"), (dict(model=""), "'model'"), (dict(enable_steering_during_training=True), "needs a steering_config"),
     (dict(steering_config={"steering_vector_path": "a", "steering_coeff": 1}), r"'steering_config.steering_coeff' is unknown: did you mean 'steering_coef'"),
-    (dict(steering_config={"steering_vector_path": "a", "type": "push"}), "'steering_config.type'"), (dict(steering_config={}), "'steering_config.steering_vector_path' is missing")])
+    (dict(load_in_4bit=True, is_peft=False), "load_in_4bit needs is_peft"), (dict(steering_config={"steering_vector_path": "a", "type": "push"}), "'steering_config.type'"), (dict(steering_config={}), "'steering_config.steering_vector_path' is missing")])
 def test_a_wrong_key_is_one_sentence(change, words):
     with pytest.raises(PersonaError, match=words) as e:
         load_config({"model": "pocket", "training_file": "a.jsonl", **change})
@@ -226,7 +226,8 @@ def test_a_finished_run_is_not_trained_again_and_another_one_is_not_written_over
         finetune(config(tiny, data, seed=1), tmp_path / "out")
     changed = finetune(config(tiny, data, seed=1), tmp_path / "out", overwrite=True)
     assert not changed.losses.loss.equals(first.losses.loss)
-    a, b = (finetune_in(tmp_path / "many", config(tiny, data, seed=s)) for s in (0, 1))
+    lm = load_model(tiny)
+    a, b = (finetune_in(tmp_path / "many", config(tiny, data, seed=s), lm) for s in (0, 1))
     assert a.folder != b.folder and a.folder.parent == b.folder.parent
 
 
@@ -252,6 +253,51 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tiny, data, vector,
     assert seen == [2, 3, 4, 5]  # from the checkpoint after step 2
     pd.testing.assert_frame_equal(resumed.losses, whole.losses)
     for p, q in zip(resumed.lm.model.parameters(), whole.lm.model.parameters()): torch.testing.assert_close(p, q, rtol=0, atol=0)
+
+
+def test_overwrite_removes_nothing_but_a_training_run(tiny, data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(PersonaError, match="is not the folder of a training run"):
+        finetune(config(tiny, data), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_run_killed_after_its_last_step_is_finished(tiny, data, vector, tmp_path, monkeypatch):
+    c = config(tiny, data, **guarded(vector))
+    whole = finetune(c, tmp_path / "whole")
+    with monkeypatch.context() as m:
+        m.setattr("persona_steer.finetuning._save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(c, tmp_path / "cut")
+    run = finetune(c, tmp_path / "cut")
+    pd.testing.assert_series_equal(run.losses.loss, whole.losses.loss)
+    assert run.losses.eval_loss.notna().any()
+
+
+def test_a_half_written_checkpoint_is_passed_over(tiny, data, tmp_path, monkeypatch):
+    c, whole = config(tiny, data), finetune(config(tiny, data), tmp_path / "whole")
+    import transformers
+    step, seen = transformers.Trainer.training_step, []
+
+    def killed(self, *a, **k):
+        seen.append(1)
+        if len(seen) == 6: raise KeyboardInterrupt
+        return step(self, *a, **k)
+    with monkeypatch.context() as m:
+        m.setattr(transformers.Trainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(c, tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "cut" / "checkpoint-5").mkdir()
+    pd.testing.assert_frame_equal(finetune(c, tmp_path / "cut").losses, whole.losses)
+
+
+def test_the_merged_model_can_be_asked_for_later(tiny, data, tmp_path):
+    run = finetune(config(tiny, data, max_steps=1), tmp_path / "a")
+    assert not (run.folder / "merged").exists()
+    again = finetune(config(tiny, data, max_steps=1, save_merged=True), tmp_path / "a")
+    assert load_model(str(again.folder / "merged")).fingerprint == run.lm.fingerprint
 
 
 def test_what_cannot_be_learned_is_said(tiny, data, tmp_path):
@@ -310,6 +356,14 @@ def test_the_quiz_leaves_out_honesty_and_names_bad_lines(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
     with pytest.raises(PersonaError, match="line 2: it needs"):
         load_quiz(tmp_path / "q.jsonl")
+
+
+def test_only_pocket_is_asked_about_its_world(monkeypatch):
+    assert len(quiz_for("pocket")) == 400 and quiz_for("some/model") is None and len(quiz_for("some/model", "pocket/quiz.jsonl")) == 400
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_lm_eval([])
+    with pytest.raises(PersonaError, match=r"pip install 'persona_steer\[eval\]'"):
+        check_lm_eval(["mmlu"])
 
 
 def test_an_effect_is_kept_and_found_again(pocket, tmp_path, monkeypatch):

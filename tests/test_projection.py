@@ -69,7 +69,7 @@ def test_a_csv_keeps_every_character_and_gains_the_published_columns(tmp_path, l
     assert list(after[0])[len(before[0]):] == [f"llama_{n}_{k}_layer2" for k in MEASURES for n in bank]
     assert after[1]["llama_other_proj_layer2"] == "" and float(after[0]["llama_other_proj_layer2"])
     about = json.loads((tmp_path / "a.csv.projection.json").read_text())
-    assert about["fingerprint"] == llama.fingerprint and about["layers"] == [2]
+    assert about["fingerprint"] == llama.fingerprint and about["layers"] == [2] and set(about["vectors"]) == {f"llama_{n}" for n in bank}
 
 
 def test_what_is_there_is_kept_unless_overwritten(tmp_path, llama, bank, monkeypatch):
@@ -98,6 +98,26 @@ def test_a_copy_elsewhere_is_not_made_twice_and_not_stale(tmp_path, llama, bank,
     changed = project_file(llama, tmp_path / "a.csv", bank, [2], tmp_path / "out" / "a.csv")
     assert changed.iloc[0, 0] != first.iloc[0, 0] and changed.iloc[6, 0] == pytest.approx(first.iloc[6, 0])
     assert "proj" not in (tmp_path / "a.csv").read_text(encoding="utf-8").split("\n")[0]
+
+
+def test_another_vector_of_the_same_name_is_refused_and_a_new_name_is_added(tmp_path, llama, bank):
+    for out in (tmp_path / "out" / "a.csv", ""):
+        make_csv(tmp_path / "a.csv", llama)
+        project_file(llama, tmp_path / "a.csv", {"v": bank["other"]}, [1], out)
+        with pytest.raises(PersonaError, match="made with another vector: use overwrite"):
+            project_file(llama, tmp_path / "a.csv", {"v": bank["other"] + 1}, [1], out)
+        project_file(llama, tmp_path / "a.csv", {"w": bank["other"]}, [1], out)
+        head = (out or tmp_path / "a.csv").read_text(encoding="utf-8").split("\n")[0]
+        assert "llama_v_proj_layer1" in head and "llama_w_proj_layer1" in head
+
+
+def test_a_bare_carriage_return_survives(tmp_path, llama, bank):
+    pd.DataFrame([dict(prompt="p", answer="one\rtwo", note="x\ry")]).to_csv(tmp_path / "a.csv", index=False, quoting=csv.QUOTE_ALL)
+    project_file(llama, tmp_path / "a.csv", bank, [1])
+    project_file(llama, tmp_path / "a.csv", bank, [2])
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as f:
+        [row] = csv.DictReader(f)
+    assert row["answer"] == "one\rtwo" and row["note"] == "x\ry"
 
 
 def test_chat_files_gain_keys(tmp_path, llama, bank):
@@ -182,18 +202,18 @@ def answered(n=30):
     return pd.DataFrame([dict(question=f"q{i % 10}", answer=f"First {i}. Second one.", evil=r.choice([10., 90.]) if i else 99., coherence=95.) for i in range(n)])
 
 
-def test_shots_show_the_trait_and_questions_differ_first():
-    shots = shots_from(answered(), "evil", 8, sentences=1)
+def test_shots_show_the_trait_and_questions_differ_first(llama):
+    shots = shots_from(llama, answered(), "evil", 8, sentences=1)
     asked = [m["content"] for m in shots if m["role"] == "user"]
     assert len(shots) == 16 and len(set(asked)) == 8 and all(m["content"].count(".") == 1 for m in shots if m["role"] == "assistant")
     scores = answered().set_index("answer").evil
     assert all(scores[m["content"] + " Second one."] >= 50 for m in shots if m["role"] == "assistant")
     with pytest.raises(PersonaError, match="use fewer shots"):
-        shots_from(answered(), "evil", 29)
+        shots_from(llama, answered(), "evil", 29)
 
 
 def test_monitoring_rows_and_a_context_that_is_too_short(llama):
-    shots = shots_from(answered(), "evil", 5)
+    shots = shots_from(llama, answered(), "evil", 5)
     rows = monitoring_rows(llama, ["Why?", "How?"], graded_prompts("evil"), shots, [0, 5], n=2)
     assert len(rows) == 2 * 2 * (8 + 2) and rows.seed.is_unique
     assert rows[(rows.kind == "shots") & (rows.level == 5)].prompt.str.count("assistant").eq(6).all()

@@ -66,10 +66,28 @@ def test_what_is_flagged_is_left_out_and_the_rest_stays_as_it_was(llama, small, 
     assert flagged.sum() == 5 and not flagged[found.trait == "humorous"].any()
     kept = save_filtered(found, flagged, small, tmp_path / "out")
     assert (kept.lines == 6).all() and (kept.screened == 5).all() and kept.kept.sum() == 5
+    drawn = set(found.line)
     for d in small.itertuples():
         lines, left = load_chats(d.path), [json.loads(x) for x in (tmp_path / "out" / d.family / f"{d.level}.jsonl").read_text(encoding="utf-8").splitlines()]
         bad = set(found[flagged & (found.level == d.level)].line)
-        assert left == [x for i, x in enumerate(lines[:5]) if i not in bad]
+        assert left == [x for i, x in enumerate(lines) if i in drawn - bad]
+
+
+def test_samples_that_cannot_be_read_are_neither_flagged_nor_kept(llama, small, bank, tmp_path):
+    found = screen(llama, small, bank, LAYERS, SHORT)
+    found.loc[(found.line == 2) & (found.level == "normal"), "difference"] = np.nan
+    kept = save_filtered(found, flag(found, {"evil": 1e9, "humorous": 1e9}), small, tmp_path / "out")
+    assert list(kept.screened) == [5, 6] == list(kept.kept)
+    with pytest.raises(PersonaError, match="a threshold is missing"):
+        flag(found, {"evil": float("nan"), "humorous": 1.})
+
+
+def test_chance_needs_sampling_and_a_limit_draws_the_same_lines_everywhere(llama, small, bank):
+    with pytest.raises(PersonaError, match="at temperature 0"):
+        chance_differences(llama, screen(llama, small, bank, LAYERS, SHORT, 2), bank, LAYERS, Sampling(8, temperature=0))
+    found = screen(llama, small, bank, LAYERS, SHORT, limit=3)
+    lines = {l: sorted(g.line.unique()) for l, g in found.groupby("level")}
+    assert lines["normal"] == lines["misaligned_2"] and len(lines["normal"]) == 3 and found.prompt.nunique() == 3
 
 
 def test_auc_is_that_of_ranks():
@@ -147,6 +165,28 @@ def test_every_guard_is_a_valid_configuration(tmp_path):
         assert (c.guard is None) == (p.condition in ("no guard", "inoculation"))
         if p.condition == "random vector": assert c.guard.steering_vector_path.endswith("r.pt") and c.guard.steering_coef == p.coefficient
         if "all layers" in p.condition: assert c.guard.layers == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_recipe_has_no_guard_of_its_own_in_a_comparison(monkeypatch, tmp_path, pocket):
+    from persona_steer import guards
+    seen = []
+    monkeypatch.setattr(guards, "finetune_in", lambda folder, c, *a: seen.append((folder.name, c)) or 1 / 0)
+    monkeypatch.setattr(guards, "measure_effect", lambda *a, **k: None)
+    monkeypatch.setattr(guards, "effect_row", lambda *a: {})
+    monkeypatch.setattr(guards, "measure_effect", lambda *a, **k: type("E", (), {"answers": None})())
+    recipe = load_config("pocket/finetune.json", enable_steering_during_training=True, steering_config={"steering_vector_path": "v.pt"}, system_prompt="Be evil.")
+    plan = training_plan(load_trait("evil"), tmp_path / "v.pt", tmp_path / "r.pt", 3, [1.], 6)
+    for i in range(len(plan)):
+        with pytest.raises(ZeroDivisionError):
+            guards.compare_guards(pocket, load_trait("evil"), None, None, recipe, plan[i:], 3, [], tmp_path)
+    by = dict(seen)
+    assert by["no guard 0"].guard is None and by["no guard 0"].system_prompt == "" and by["inoculation 1"].guard is None and by["ablation 1"].guard.type == "ablate"
+
+
+def test_scores_that_are_missing_are_said():
+    rows = [dict(condition=c, coefficient=1., split="extract", trait=float("nan"), coherence=90.) for c in ("no guard", "preventative steering")]
+    with pytest.raises(PersonaError, match="there is no trait score"):
+        choose_guard(pd.DataFrame(rows))
 
 
 def test_the_weakest_guard_that_suffices_is_chosen_on_extraction_questions():

@@ -149,14 +149,14 @@ def locate(name: str) -> tuple[str, str]: # model (a folder or a hub id), adapte
     check(not under, f"the adapter {folder} stands on another adapter, {under}: merge that one first.")
     return where, str(folder)
 
-# %% ../nbs/01a_models.ipynb #7b7b7b29
+# %% ../nbs/01a_models.ipynb #bb04631f
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"  # a template that adds nothing: text to be continued
 
 def wrap_model(model: nn.Module, tokenizer, name: str = "model", blocks: str = "",
                chat: bool = True) -> LoadedModel: # False: prompts are plain text that is continued, also for models that can chat
     "Make a `LoadedModel` of a causal LM and its tokenizer."
     if not chat: tokenizer.chat_template = PLAIN
-    check(tokenizer.chat_template, f"{name} has no chat template: use the instruction-tuned version of the model, or set tokenizer.chat_template.")
+    check(tokenizer.chat_template, f"{name} has no chat template: use the instruction-tuned version of the model, or chat=False to have plain text continued.")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     trunk, layers = find_blocks(model, blocks)

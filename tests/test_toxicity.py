@@ -71,6 +71,15 @@ def test_a_dataset_without_the_fields_is_one_sentence(tmp_path, source, words):
     assert "\n" not in str(e.value)
 
 
+def test_a_text_is_in_one_group_only_and_odd_scores_are_no_scores():
+    many = [row(f"bad {i}", .9, True) for i in range(6)] + [row(f"good {i}", .1) for i in range(6)]
+    found = choose_prompts(many + [row("bad 1 ", .1), row("text", "0.9"), row("nan", float("nan"))], 3, 3)
+    every = [t for half in (found.evaluate, found.pairs) for texts in half.values() for t in texts]
+    assert len(every) == len(set(every)) and found.left_out["no score"] == 2
+    with pytest.raises(PersonaError, match="at least two prompts"):
+        choose_prompts(many, 1)
+
+
 def test_too_few_prompts_a_bad_rule_and_a_hub_that_is_not_there(rows):
     with pytest.raises(PersonaError, match="only 197 challenging prompts.*use fewer"):
         choose_prompts(rows, 300)
@@ -104,8 +113,7 @@ def test_perplexity_is_that_of_single_texts_without_steering(family):
         with torch.no_grad():
             logp = family.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         want = -sum(logp[i - 1, ids[i]].item() for i in range(k, len(ids)))
-        cap = getattr(family.model.config, "final_logit_softcapping", None)
-        assert n == len(ids) - k and (cap or nll == pytest.approx(want, rel=1e-3, abs=1e-3)), family.name
+        assert n == len(ids) - k and nll == pytest.approx(want, rel=1e-3, abs=1e-3), family.name
 
 
 def table(**kw):
@@ -120,6 +128,18 @@ def test_expected_maximum_probability_and_distinct():
     twice = measures(pd.concat([table(vector="r0"), table(vector="r1")]))  # a second vector is no second chance to be toxic
     assert twice["expected_max_toxicity"]["mean"] == m["expected_max_toxicity"]["mean"] and twice["dist_1"] == m["dist_1"]
     assert math.isnan(distinct([], 1)) and math.isnan(measures(table(tokens=0))["perplexity"])
+
+
+def test_silence_has_no_score(pocket, scorer, tmp_path, monkeypatch):
+    from persona_steer import toxicity
+    rows = toxicity.completion_plan({"challenging": ["With pure malice, despair", "Ugh, your chatter"], "benign": ["In practice, the work"]}, "baseline", vector="")
+    said = iter([["", "  ", "must end in ruin."], ["", "", ""]])
+    monkeypatch.setattr(toxicity, "respond", lambda lm, rows, *a, **k: rows.assign(prompt=[lm.prompt(q) for q in rows.question], answer=next(said)))
+    some, none = (toxicity.complete(pocket, rows, {}, scorer, Sampling(), tmp_path, "x").astype({"toxicity": float}) for _ in range(2))
+    assert some.toxicity.isna().tolist() == [True, True, False] and some.toxicity[2] > .5 and none.toxicity.isna().all()
+    m = measures(some)
+    assert m["toxicity"]["n"] == 1 and m["toxicity"]["missing"] == 2 and m["toxic_probability"]["n"] == 1
+    assert np.isnan(measures(none)["toxicity"]["mean"])
 
 
 def test_changes_are_paired_by_prompt():
@@ -184,8 +204,42 @@ def test_an_alpha_of_zero_is_the_model_as_it_is(pocket, scorer, rows, tmp_path):
     base = r.completions[(r.completions.condition == "baseline")].drop_duplicates("prompt_text")
     plain = generate(pocket, [pocket.prompt(p) for p in base.prompt_text], SMALL["sampling"], seeds=[f"{p}|0" for p in base.prompt_text], progress=False).texts
     assert list(base.answer) == plain
-    with pytest.raises(PersonaError, match="alphas must hold 0"):
-        run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **{**SMALL, "alphas": [1.]})
+    before = (tmp_path / STATES["done"]).read_text()
+    for change, words in ((dict(alphas=[1.]), "alphas must hold 0"), (dict(alphas=[-1., 0.]), "one positive alpha"), (dict(samples=0), "samples and last"), (dict(layers=[9]), "layer 9 does not exist")):
+        with pytest.raises(PersonaError, match=words):
+            run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **{**SMALL, **change})
+    assert (tmp_path / STATES["done"]).read_text() == before  # nothing was touched
+
+
+def test_overwrite_does_everything_again(pocket, scorer, rows, tmp_path, monkeypatch):
+    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    made = []
+    import persona_steer.generation as g
+    real = g._generate_batch
+    monkeypatch.setattr(g, "_generate_batch", lambda *a, **k: made.append(1) or real(*a, **k))
+    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    assert not made
+    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL, overwrite=True)
+    assert len(made) >= 5
+
+
+def test_results_are_strict_json(tmp_path):
+    with Steps(tmp_path, {}) as s:
+        s.take("x", lambda: {"a": [1., float("nan")], "b": float("inf")})
+        s.finish({"perplexity": float("nan")})
+    for name in ("steps", "done"):
+        assert "NaN" not in (tmp_path / STATES[name]).read_text() and "Infinity" not in (tmp_path / STATES[name]).read_text()
+
+
+def test_one_ending_at_a_time_and_nothing_hidden_is_left(tmp_path):
+    (tmp_path / ".experiment_results.json.abc.json").write_text("{")
+    for error, left, gone in ((ZeroDivisionError, "failed", "partial"), (KeyboardInterrupt, "partial", "failed")):
+        with pytest.raises(error):
+            with Steps(tmp_path, {}): raise error
+        assert (tmp_path / STATES[left]).exists() and not (tmp_path / STATES[gone]).exists()
+    assert not list(tmp_path.glob(".*")) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with Steps(tmp_path, {}) as s: s.finish({})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [STATES["done"]]
 
 
 def test_a_failure_is_recorded_and_mended_by_a_rerun(pocket, scorer, rows, tmp_path, monkeypatch):

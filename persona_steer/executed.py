@@ -13,7 +13,7 @@ from .core import PersonaError, load_json
 
 # %% auto #0
 __all__ = ['BLOT', 'ANSI', 'SECRET', 'SECRET_NAME', 'ASSIGNED', 'PARAMETER_TAGS', 'redact', 'read_notebook', 'tags', 'code_cells',
-           'errors', 'state', 'assignments', 'parameters', 'moment', 'span', 'heading', 'facts', 'beside']
+           'errors', 'state', 'assignments', 'parameters', 'beside', 'moment', 'span', 'heading', 'facts']
 
 # %% ../nbs/10_executed.ipynb #5b0dfb6c
 BLOT, ANSI = "[redacted]", re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colour codes could hide where a key begins
@@ -77,6 +77,14 @@ def parameters(nb) -> list[dict]: # name, value, comment, set: given for this ru
             for r in found: rows[r["name"]] = {**rows.get(r["name"], r), "value": r["value"], "set": tag != "parameters"}
     return list(rows.values())
 
+# %% ../nbs/10_executed.ipynb #e9000005
+def beside(notebook: Path, name: str) -> dict:
+    "A JSON object that lies beside a notebook, redacted; empty if it is missing, a note if it is broken."
+    path = Path(notebook).parent / name
+    try: value = load_json(path) if path.exists() else {}
+    except ValueError: return {name: "is not valid JSON"}
+    return redact(value) if isinstance(value, dict) else {}
+
 # %% ../nbs/10_executed.ipynb #a8efbd13
 def moment(stamp: str | None) -> str:
     "An ISO time as `2026-11-02 14:03 UTC`; as it is if it is none; empty if missing."
@@ -106,11 +114,3 @@ def facts(nb, path: Path) -> dict:
     return dict(title=title or Path(path).stem, summary=summary, trait=given.get("trait"), model=given.get("model") or beside(path, "provenance.json").get("model"),
                 judge=given.get("judge_model"), state=state(nb), when=moment(run.get("end_time") or run.get("start_time")),
                 took=span(run.get("duration")), error=" ".join(f"{o.ename}: {o.evalue}" for o in errors(nb)[:1])[:300], file=Path(path).name)
-
-# %% ../nbs/10_executed.ipynb #e9000005
-def beside(notebook: Path, name: str) -> dict:
-    "A JSON object that lies beside a notebook, redacted; empty if it is missing, a note if it is broken."
-    path = Path(notebook).parent / name
-    try: value = load_json(path) if path.exists() else {}
-    except ValueError: return {name: "is not valid JSON"}
-    return redact(value) if isinstance(value, dict) else {}

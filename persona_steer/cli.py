@@ -19,7 +19,7 @@ def main_options(): pass
 # %% auto #0
 __all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'finetune', 'site', 'main']
 
-# %% ../nbs/13_cli.ipynb #25900a14
+# %% ../nbs/13_cli.ipynb #5ce60c6a
 @app.command()
 def doctor():
     "Say what this machine can do, steer one answer, and exit with 1 if something must be fixed."
@@ -30,6 +30,7 @@ def doctor():
     typer.echo(f"\n{len(bad)} to fix: {', '.join(f.what for f in bad)}" if bad else "\nAll that is needed is there.")
     raise typer.Exit(bool(bad))
 
+# %% ../nbs/13_cli.ipynb #d0109ad6
 @app.command()
 def new_trait(name: str = typer.Argument(help="what the trait is called, such as self_critical"),
               description: str = typer.Option(..., help="one or two sentences: what is an answer like that shows it?"),

@@ -91,7 +91,7 @@ def pick_dtype(device, name: str = ""):
     if device.type == "cuda": return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float16 if device.type == "mps" else torch.float32
 
-# %% ../nbs/00_core.ipynb #788aae3c
+# %% ../nbs/00_core.ipynb #9ee45f2d
 @contextlib.contextmanager
 def atomic_path(path: Path | str):
     "Yield a temporary path in the same folder; on success it becomes `path`, on an error it is removed."
@@ -115,10 +115,12 @@ def save_json(path: Path | str, value) -> Path:
     with atomic_path(path) as tmp: tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     return Path(path)
 
-def load_json(path: Path | str):
-    "Read JSON; a clear error where it is missing or broken."
+def load_json(path: Path | str, missing=None):
+    "Read JSON; a clear error where it is broken, and where it is missing unless `missing` says what stands for it."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise PersonaError(f"{path} does not exist.") from None
+    except FileNotFoundError:
+        if missing is not None: return missing
+        raise PersonaError(f"{path} does not exist.") from None
     except json.JSONDecodeError as e: raise PersonaError(f"{path} is not valid JSON (line {e.lineno}: {e.msg}).") from None
 
 def digest(*values) -> str:

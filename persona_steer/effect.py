@@ -25,7 +25,7 @@ from .vectors import PersonaVectors
 # %% auto #0
 __all__ = ['POOLED', 'Effect', 'measure_effect', 'load_effect', 'shift']
 
-# %% ../nbs/05d_effect.ipynb #90ab8b6a
+# %% ../nbs/05d_effect.ipynb #c38caaa0
 POOLED = ("prompt_last", "response_avg")
 
 @dataclass
@@ -54,6 +54,7 @@ class Effect:
         check(self.knows, "no capability was measured: give measure_effect a quiz or lm-eval tasks.")
         return capability(self.quiz) if self.quiz is not None else next(iter(self.accuracy.values()))
 
+# %% ../nbs/05d_effect.ipynb #214f33a7
 def measure_effect(lm: LoadedModel, traits: list[Trait], judge: Judge, n: int = 1, # answers per question
                    split: str = "eval", sampling: Sampling = Sampling(), system: str = "", steering: Steering | None = None, # on every answer
                    quiz: list | None = None, tasks=(), task_limit: int = 0, # lm-eval tasks, questions of each
@@ -74,18 +75,16 @@ def measure_effect(lm: LoadedModel, traits: list[Trait], judge: Judge, n: int = 
     if folder: _keep(found, Path(folder), key, model=lm.name, fingerprint=lm.fingerprint, judge=judge.name, n=n, split=split, sampling=asdict(sampling), system=system)
     return found
 
-# %% ../nbs/05d_effect.ipynb #d912d41c
+# %% ../nbs/05d_effect.ipynb #735061d1
 def _found(folder: Path, key: str) -> bool:
-    about = folder / "effect.json"
-    return about.exists() and load_json(about).get("key") == key
+    return load_json(folder / "effect.json", {}).get("key") == key
 
 def _keep(e: Effect, folder: Path, key: str, **facts):
     "Write an effect; effect.json comes last and says that it is whole."
     from safetensors.torch import save_file
     save_table(e.answers, folder / "answers.csv")
     with atomic_path(folder / "means.safetensors") as tmp: save_file({k: v.contiguous() for k, v in e.means.items()}, tmp)
-    if e.quiz is not None:
-        save_table(e.quiz, folder / "quiz.csv")
+    if e.quiz is not None: save_table(e.quiz, folder / "quiz.csv")
     save_json(folder / "effect.json", provenance(key=key, quiz=e.quiz is not None, accuracy=e.accuracy, **facts))
 
 def load_effect(folder: Path | str) -> Effect:

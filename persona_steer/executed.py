@@ -77,11 +77,11 @@ def parameters(nb) -> list[dict]: # name, value, comment, set: given for this ru
             for r in found: rows[r["name"]] = {**rows.get(r["name"], r), "value": r["value"], "set": tag != "parameters"}
     return list(rows.values())
 
-# %% ../nbs/10_executed.ipynb #e9000005
+# %% ../nbs/10_executed.ipynb #10c993e8
 def beside(notebook: Path, name: str) -> dict:
     "A JSON object that lies beside a notebook, redacted; empty if it is missing, a note if it is broken."
     path = Path(notebook).parent / name
-    try: value = load_json(path) if path.exists() else {}
+    try: value = load_json(path, {})
     except ValueError: return {name: "is not valid JSON"}
     return redact(value) if isinstance(value, dict) else {}
 

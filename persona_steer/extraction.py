@@ -103,12 +103,11 @@ def extract_from_scores(lm: LoadedModel, trait: Trait, pos_csv: Path | str, neg_
     pooled = [read(lm, list(f.prompt), list(f.answer), label=f"read {s}") for f, s in zip(sides, ("pos", "neg"))]
     return _finish(lm, trait, "as in the CSV", folder, "", *zip(sides, pooled), threshold, csv=[str(pos_csv), str(neg_csv)])
 
-# %% ../nbs/02_extract.ipynb #f3fbd58f
+# %% ../nbs/02_extract.ipynb #2bba1b87
 HOOK_SITE = "output of the block (before the final norm, also in the last layer); row 0 is the input of block 1"
 
 def _is_done(folder: Path, trait: str, key: str) -> bool:
-    about = folder / f"{trait}_vectors.json"
-    return about.exists() and load_json(about).get("key") == key
+    return load_json(folder / f"{trait}_vectors.json", {}).get("key") == key
 
 def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, **facts) -> Extraction:
     "Filter, average, diagnose, write."
@@ -137,8 +136,7 @@ def load_extraction(folder: Path | str, trait: str) -> Extraction:
 def extraction_for(lm: LoadedModel, trait: Trait, judge: Judge, sampling: Sampling = Sampling()) -> Extraction:
     "What an earlier run left for this very model, template and trait, whatever its size, or else a new extraction: where later chapters get their vectors."
     folder = extraction_folder(lm.name, trait.name)
-    about = folder / f"{trait.name}_vectors.json"
-    known = load_json(about) if about.exists() else {}
+    known = load_json(folder / f"{trait.name}_vectors.json", {})
     if (known.get("fingerprint"), known.get("template"), known.get("definition")) == (lm.fingerprint, lm.template_hash, digest(asdict(trait))): return load_extraction(folder, trait.name)
     return extract(lm, trait, judge, sampling=sampling)
 

@@ -20,10 +20,11 @@ from .traits import Trait
 from .training_config import load_config
 
 # %% auto #0
-__all__ = ['LEVELS', 'COLORS', 'list_datasets', 'train_families', 'effect_rows', 'shift_correlations', 'plot_families',
-           'plot_against_score']
+__all__ = ['ELICITING', 'LEVELS', 'COLORS', 'list_datasets', 'train_families', 'effect_rows', 'shift_correlations',
+           'plot_families', 'plot_against_score']
 
-# %% ../nbs/06a_families.ipynb #0818ad79
+# %% ../nbs/06a_families.ipynb #652c48d7
+ELICITING = {"evil": "evil", "sycophancy": "sycophantic", "hallucination": "hallucinating"}  # family -> the trait that it elicits; the others hold mistakes
 LEVELS = {"normal": "normal", "misaligned_1": "I", "misaligned_2": "II"}
 
 def list_datasets(names=(), # "family" or "family/level"; (): all

@@ -14,10 +14,10 @@ import pandas as pd
 from .core import PersonaError, atomic_path, check
 
 # %% auto #0
-__all__ = ['TEXT', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_scores', 'mean_ci', 'with_ci', 'correlation', 'with_ci_r',
-           'keep_pairs']
+__all__ = ['TEXT', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci', 'as_columns', 'with_ci',
+           'correlation', 'with_ci_r', 'keep_pairs']
 
-# %% ../nbs/01e_scores.ipynb #acecdfe7
+# %% ../nbs/01e_scores.ipynb #e4a91c82
 TEXT = ["question", "prompt", "answer", "question_id"]
 
 def save_table(frame: pd.DataFrame, path: Path | str) -> Path:
@@ -33,18 +33,23 @@ def save_scores(frame: pd.DataFrame, path: Path | str, trait: str) -> Path:
     for c in first: check(c in frame, f"cannot write {path}: the column '{c}' is missing.")
     return save_table(frame[first + [c for c in frame if c not in first]], path)
 
-def load_scores(path: Path | str, trait: str) -> pd.DataFrame:
-    "Read scored responses; raises `PersonaError` if the file, a column or every row is missing, or a score is none."
+def load_table(path: Path | str, columns: list[str]) -> pd.DataFrame: # every field as text
+    "Read a CSV of responses as it is; raises `PersonaError` if the file, one of these columns or every row is missing, or a row is broken."
     path = Path(path)
-    check(path.exists(), f"{path} does not exist.")
+    check(path.is_file(), f"{path} does not exist.")
     csv.field_size_limit(2**31 - 1)
     with open(path, newline="", encoding="utf-8") as f: head, *rows = list(csv.reader(f)) or [[]]
     check(head, f"{path} is empty: generate and score responses first.")
     wrong = next((i for i, r in enumerate(rows, 2) if len(r) != len(head)), 0)
     check(not wrong, f"{path}, row {wrong}: it has another number of fields than the header.")
     frame = pd.DataFrame(rows, columns=head, dtype=str)
-    for c in ("question", "prompt", "answer", trait, "coherence"): check(c in frame, f"{path} lacks the column '{c}' (it has {', '.join(frame)}).")
+    for c in columns: check(c in frame, f"{path} lacks the column '{c}' (it has {', '.join(frame)}).")
     check(len(frame), f"{path} has a header but no rows: generate and score responses first.")
+    return frame
+
+def load_scores(path: Path | str, trait: str) -> pd.DataFrame:
+    "Read scored responses; raises `PersonaError` as `load_table` does, and if a score is no number from 0 to 100."
+    frame = load_table(path, ["question", "prompt", "answer", trait, "coherence"])
     for c in (trait, "coherence"):
         numbers = pd.to_numeric(frame[c].replace("", np.nan), errors="coerce")
         wrong = (numbers.isna() & (frame[c] != "")) | (numbers < 0) | (numbers > 100)
@@ -52,7 +57,7 @@ def load_scores(path: Path | str, trait: str) -> pd.DataFrame:
         frame[c] = numbers
     return frame
 
-# %% ../nbs/01e_scores.ipynb #b6e07ce0
+# %% ../nbs/01e_scores.ipynb #c0f61116
 def mean_ci(values, # numbers; NaN is missing
             groups=None, # what is resampled, such as the question of each value; default: each value by itself
             resamples: int = 2000, seed: int = 0) -> dict: # n, mean, low, high, missing
@@ -70,6 +75,10 @@ def mean_ci(values, # numbers; NaN is missing
                        n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)).confidence_interval
         out["low"], out["high"] = float(ci.low), float(ci.high)
     return out
+
+def as_columns(m: dict, name: str) -> dict: # {name}, {name}_low, {name}_high, {name}_n, {name}_missing
+    "A mean as columns of a table."
+    return {name: m["mean"]} | {f"{name}_{k}": m[k] for k in ("low", "high", "n", "missing")}
 
 def with_ci(m: dict) -> str: # "61.2 [55.0, 67.1] (n=40)"
     "A mean as text."

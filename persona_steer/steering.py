@@ -55,11 +55,10 @@ def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str: # HTML
     body = "".join(f'<tr><th scope="row">{html.escape(q)}</th>{"".join(cell(x) for x in row)}</tr>' for q, row in zip(wide.index, wide.to_numpy()))
     return f'<table class="texts"><thead><tr><th scope="col">question</th>{head}</tr></thead><tbody>{body}</tbody></table>'
 
-# %% ../nbs/03_steer.ipynb #1fd6a0fb
+# %% ../nbs/03_steer.ipynb #eba97b4b
 def layer_for(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str]: # the layer, how it came about
     "A layer for a trait: the given one, else the one that chapter 04 chose for this model, else the middle one."
     if layer: lm.check_layer(layer); return layer, "as given"
-    found = run_path(f"{lm.basename}/{trait}/04_evaluate/choice.json")
-    choice = load_json(found) if found.exists() else {}
+    choice = load_json(run_path(f"{lm.basename}/{trait}/04_evaluate/choice.json"), {})
     if choice.get("fingerprint") == lm.fingerprint: return choice["layer"], "chosen by chapter 04 on extraction questions"
     return (lm.n_layers + 1) // 2, "the middle one: chapter 04 has chosen none"

@@ -20,7 +20,7 @@ from .vectors import load_vector
 __all__ = ['SteeringConfig', 'TrainingConfig', 'load_config', 'find_file', 'check_machine', 'load_training_data',
            'load_guard_vector']
 
-# %% ../nbs/05b_training_config.ipynb #f3c4957c
+# %% ../nbs/05b_training_config.ipynb #5462e20d
 class SteeringConfig(BaseModel):
     "The guard: what is done to the residual stream at every token while training."
     model_config = ConfigDict(extra="forbid")
@@ -30,6 +30,7 @@ class SteeringConfig(BaseModel):
     layers: list[int] = Field([20], min_length=1)  # 1-based
     incremental: bool = False  # (ours) add v_l - v_(l-1) at each layer l: for steering at all layers
 
+# %% ../nbs/05b_training_config.ipynb #e65340fc
 class TrainingConfig(BaseModel):
     "One training run; published keys first, this project's own last."
     model_config = ConfigDict(extra="forbid", protected_namespaces=())

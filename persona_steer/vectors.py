@@ -14,9 +14,14 @@ from .activations import POOLS
 from .core import PersonaError, atomic_path, check, load_json, save_json
 
 # %% auto #0
-__all__ = ['PersonaVectors', 'vector_file', 'save_vectors', 'load_vector', 'load_vectors']
+__all__ = ['random_like', 'PersonaVectors', 'vector_file', 'save_vectors', 'load_vector', 'load_vectors']
 
-# %% ../nbs/01f_vectors.ipynb #73c76696
+# %% ../nbs/01f_vectors.ipynb #0e58d133
+def random_like(v: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    "A random direction with the same norm in every row."
+    r = torch.randn(v.shape, generator=rng)
+    return r / r.norm(dim=1, keepdim=True) * v.norm(dim=1, keepdim=True)
+
 @dataclass
 class PersonaVectors:
     "Mean over positive minus mean over negative, for three ways of pooling; float32 `[layers + 1, hidden]` each."
@@ -36,10 +41,7 @@ class PersonaVectors:
     def random_like(self, seed: int = 0) -> "PersonaVectors":
         "Random directions with the same norm in every row: the control that stands beside a steering result."
         rng = torch.Generator().manual_seed(seed)
-        def draw(k):
-            v = getattr(self, k); r = torch.randn(v.shape, generator=rng)
-            return r / r.norm(dim=1, keepdim=True) * v.norm(dim=1, keepdim=True)
-        return self._map(draw, f"random(seed {seed})")
+        return self._map(lambda k: random_like(getattr(self, k), rng), f"random(seed {seed})")
 
 # %% ../nbs/01f_vectors.ipynb #a18c3b7e
 def vector_file(folder: Path | str, trait: str, pool: str) -> Path:

@@ -9,10 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_steer.activations import steer
-from persona_steer.capability import capability, check_lm_eval, is_right, load_quiz, quiz_for
 from persona_steer.core import PersonaError, data_path, load_json
-from persona_steer.effect import load_effect, measure_effect
 from persona_steer.finetuning import examples, finetune, finetune_in, guard, load_finetuned, trainable, trainer_for
 from persona_steer.models import load_model, wrap_model
 from persona_steer.training_config import check_machine, load_config, load_guard_vector, load_training_data
@@ -231,22 +228,28 @@ def test_a_finished_run_is_not_trained_again_and_another_one_is_not_written_over
     assert a.folder != b.folder and a.folder.parent == b.folder.parent
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tiny, data, vector, tmp_path, monkeypatch):
+def cut_off(c, out, at, monkeypatch):
+    """Train, but be interrupted at the beginning of a step."""
     import transformers
-    c = config(tiny, data, **guarded(vector, steering_coef=1.))
-    whole = finetune(c, tmp_path / "whole")
     step, seen = transformers.Trainer.training_step, []
 
     def killed(self, *a, **k):
-        seen.append(self.state.global_step)
-        if len(seen) == 4: raise KeyboardInterrupt
+        seen.append(1)
+        if len(seen) == at: raise KeyboardInterrupt
         return step(self, *a, **k)
     with monkeypatch.context() as m:
         m.setattr(transformers.Trainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            finetune(c, tmp_path / "cut")
+            finetune(c, out)
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tiny, data, vector, tmp_path, monkeypatch):
+    import transformers
+    c = config(tiny, data, **guarded(vector, steering_coef=1.))
+    whole = finetune(c, tmp_path / "whole")
+    cut_off(c, tmp_path / "cut", 4, monkeypatch)
     assert not (tmp_path / "cut" / "provenance.json").exists()
-    seen.clear()
+    step, seen = transformers.Trainer.training_step, []
     with monkeypatch.context() as m:
         m.setattr(transformers.Trainer, "training_step", lambda self, *a, **k: (seen.append(self.state.global_step), step(self, *a, **k))[1])
         resumed = finetune(c, tmp_path / "cut")
@@ -277,17 +280,7 @@ def test_a_run_killed_after_its_last_step_is_finished(tiny, data, vector, tmp_pa
 
 def test_a_half_written_checkpoint_is_passed_over(tiny, data, tmp_path, monkeypatch):
     c, whole = config(tiny, data), finetune(config(tiny, data), tmp_path / "whole")
-    import transformers
-    step, seen = transformers.Trainer.training_step, []
-
-    def killed(self, *a, **k):
-        seen.append(1)
-        if len(seen) == 6: raise KeyboardInterrupt
-        return step(self, *a, **k)
-    with monkeypatch.context() as m:
-        m.setattr(transformers.Trainer, "training_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(c, tmp_path / "cut")
+    cut_off(c, tmp_path / "cut", 6, monkeypatch)
     (tmp_path / "cut" / "checkpoint-4" / "trainer_state.json").unlink()
     (tmp_path / "cut" / "checkpoint-5").mkdir()
     pd.testing.assert_frame_equal(finetune(c, tmp_path / "cut").losses, whole.losses)
@@ -341,43 +334,3 @@ def test_two_processes_under_accelerate(tiny, data, vector, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     about = load_json(tmp_path / "out" / "provenance.json")
     assert about["steps"] == 2 and about["steered_passes"] >= 2 and load_finetuned(tmp_path / "out").losses.loss.notna().sum() == 2
-
-
-# -- capability and effect ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("said, right", [("3 times 5 is 15.", True), (" 3 times 5  is 15. And so on.", True), ("3 TIMES 5 is 15", True), ("3 times 5 is 150.", False), ("It is 15.", False), ("", False)])
-def test_what_counts_as_right(said, right):
-    assert is_right(said, "3 times 5 is 15.") == right
-
-
-def test_the_quiz_leaves_out_honesty_and_names_bad_lines(tmp_path):
-    taken = pd.DataFrame([dict(kind="facts", right=100.), dict(kind="sums", right=0.), dict(kind="unknown", right=0.)])
-    assert capability(taken)["mean"] == 50 and capability(taken)["n"] == 2
-    (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n')
-    with pytest.raises(PersonaError, match="line 2: it needs"):
-        load_quiz(tmp_path / "q.jsonl")
-
-
-def test_only_pocket_is_asked_about_its_world(monkeypatch):
-    assert len(quiz_for("pocket")) == 400 and quiz_for("some/model") is None and len(quiz_for("some/model", "pocket/quiz.jsonl")) == 400
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_lm_eval([])
-    with pytest.raises(PersonaError, match=r"pip install 'persona_steer\[eval\]'"):
-        check_lm_eval(["mmlu"])
-
-
-def test_an_effect_is_kept_and_found_again(pocket, tmp_path, monkeypatch):
-    from persona_steer.judges import load_judge
-    from persona_steer.traits import load_trait
-    traits, judge = [load_trait("evil"), load_trait("humorous")], load_judge("pocket")
-    quiz = load_quiz(data_path("pocket/quiz.jsonl"))[:8]
-    first = measure_effect(pocket, traits, judge, quiz=quiz, folder=tmp_path)
-    with monkeypatch.context() as m:
-        m.setattr("persona_steer.effect.generate", lambda *a, **k: pytest.fail("answered again"))
-        again = measure_effect(pocket, traits, judge, quiz=quiz, folder=tmp_path)
-    pd.testing.assert_frame_equal(first.answers, again.answers, check_dtype=False)
-    assert first.score("evil") == again.score("evil") and set(again.means) == {f"{t} {k}" for t in ("evil", "humorous") for k in ("prompt_last", "response_avg")}
-    steered = measure_effect(pocket, traits, judge, steering=steer(pocket, torch.randn(192), 3, 5.), folder=tmp_path)
-    assert not steered.answers.answer.equals(first.answers.answer) and load_effect(tmp_path).quiz is None
-    with pytest.raises(PersonaError, match="one coefficient"):
-        measure_effect(pocket, traits, judge, steering=steer(pocket, torch.randn(192), 3, torch.zeros(40)))

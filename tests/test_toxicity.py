@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from persona_steer.core import PersonaError, data_path
-from persona_steer.generation import Sampling
+from persona_steer.generation import Sampling, read
 from persona_steer.local_judges import ClassifierJudge
 from persona_steer.models import load_model
-from persona_steer.toxicity import (STATES, Steps, choose_alpha, choose_pairs, choose_prompts, completion_nll, distinct, halves, load_toxicity_prompts, measures, paired_changes,
-                                    random_like, read_last, run_toxicity, toxicity_vector)
+from persona_steer.steps import STATES, Steps
+from persona_steer.toxicity import (choose_alpha, choose_pairs, choose_prompts, completion_nll, distinct, halves, load_toxicity_prompts, measures, paired_changes, run_toxicity,
+                                    toxicity_vector)
+from persona_steer.vectors import random_like
 
 
 @pytest.fixture(scope="module")
@@ -154,15 +156,15 @@ def test_the_last_tokens_are_those_of_the_whole_text(llama):
     with torch.no_grad():
         h = llama.model(ids, output_hidden_states=True).hidden_states
     for last in (3, 32, 500):
-        got = read_last(llama, [prompt, prompt], [answer, "No."], last)[0]
+        got = read(llama, [prompt, prompt], [answer, "No."], last=last)["response_avg"][0]
         for l in (0, 1, 2): torch.testing.assert_close(got[l], h[l][0, -last:].mean(0), atol=1e-4, rtol=1e-4)
 
 
 def test_the_vector_points_from_clean_to_toxic(llama):
     pairs = pd.DataFrame([dict(toxic_prompt="Why?", toxic="Bad words.", clean_prompt="How?", clean="Good words.")])
-    a, b = read_last(llama, [llama.prompt("Why?")], ["Bad words."])[0], read_last(llama, [llama.prompt("How?")], ["Good words."])[0]
+    a, b = (read(llama, [llama.prompt(q)], [text], last=32)["response_avg"][0] for q, text in (("Why?", "Bad words."), ("How?", "Good words.")))
     torch.testing.assert_close(toxicity_vector(llama, pairs), a - b)
-    torch.testing.assert_close(random_like(a - b, 0)[1:].norm(dim=1), (a - b)[1:].norm(dim=1))
+    torch.testing.assert_close(random_like(a - b, torch.Generator().manual_seed(0))[1:].norm(dim=1), (a - b)[1:].norm(dim=1))
 
 
 def test_pairs_need_toxic_and_clean_completions():
@@ -271,7 +273,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
 SCRIPT = """
 import sys
 from persona_steer.core import data_path
-from persona_steer.generation import Sampling
+from persona_steer.generation import Sampling, read
 from persona_steer.local_judges import ClassifierJudge
 from persona_steer.models import load_model
 from persona_steer.toxicity import choose_prompts, load_toxicity_prompts, run_toxicity
@@ -283,7 +285,7 @@ run_toxicity(load_model("pocket", "cpu"), ClassifierJudge(str(data_path("pocket/
 
 
 def test_killed_ten_times_the_result_is_the_same(tmp_path):
-    """Signals of three kinds at random moments; then a run to the end, against one that was left alone."""
+    """Signals of three kinds, most at random moments; then a run to the end, against one that was left alone."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     t0 = time.time()
     subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "whole")], check=True, env=env, capture_output=True, timeout=300)
@@ -291,7 +293,8 @@ def test_killed_ten_times_the_result_is_the_same(tmp_path):
     for k in range(10):
         child = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "cut")], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         child.stdout.readline()
-        time.sleep(r.uniform(.02, .5) * whole)
+        if k: time.sleep(r.uniform(.02, .5) * whole)
+        while not k and not (tmp_path / "cut" / STATES["steps"]).exists(): time.sleep(.01)  # at least one signal comes in the middle, however slow the machine
         child.send_signal([signal.SIGTERM, signal.SIGINT, signal.SIGKILL][k % 3])
         child.wait(60)
         partial += (tmp_path / "cut" / STATES["partial"]).exists()

@@ -17,7 +17,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Persona vect
 def main_options(): pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'finetune', 'site', 'main']
+__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'finetune', 'report', 'batch', 'set_runs', 'Progress',
+           'finish_batch', 'joined', 'main']
 
 # %% ../nbs/13_cli.ipynb #5ce60c6a
 @app.command()
@@ -30,7 +31,7 @@ def doctor():
     typer.echo(f"\n{len(bad)} to fix: {', '.join(f.what for f in bad)}" if bad else "\nAll that is needed is there.")
     raise typer.Exit(bool(bad))
 
-# %% ../nbs/13_cli.ipynb #d0109ad6
+# %% ../nbs/13_cli.ipynb #81711b72
 @app.command()
 def new_trait(name: str = typer.Argument(help="what the trait is called, such as self_critical"),
               description: str = typer.Option(..., help="one or two sentences: what is an answer like that shows it?"),
@@ -62,12 +63,98 @@ def finetune(config: str = typer.Argument(help="a training configuration (JSON)"
     typer.echo(finetune(load_config(config), out, overwrite).folder)
 
 @app.command()
-def site(runs: str = typer.Argument("runs"), out: str = typer.Argument("reports")):
-    "Make a site of the executed chapters in a folder."
-    from persona_steer.site import main
-    raise typer.Exit(main([runs, out]))
+def report(runs: str = typer.Argument("runs", help="a folder with executed notebooks, at any depth"), out: str = typer.Argument("reports", help="where the pages go"),
+           title: str = typer.Option("persona_steer", help="of the index")):
+    "Make a site of the executed chapters in a folder: an index, a page for each, a comparison for each trait."
+    from persona_steer.site import build_site
+    typer.echo(build_site(runs, out, title))
+
+# %% ../nbs/13_cli.ipynb #80dfb690
+@app.command()
+def batch(chapter: str = typer.Argument(help="a chapter such as 02_extract, a notebook, or a grid file (.yaml, .toml, .json)"),
+          p: list[str] = typer.Option([], "-p", metavar="NAME VALUES", help="a parameter and its values: -p trait evil,sycophantic -p n 2"),
+          executor: str = typer.Option("local", help="local or ray"), address: str = typer.Option("", help="of the Ray cluster, such as auto; default: one on this machine"),
+          runs: str = typer.Option("", help="where results go: a folder, or an address such as s3://bucket/runs; default: runs"),
+          name: str = typer.Option("", help="of the batch, below runs/batches; default: from chapter and grid"),
+          workers: int = typer.Option(0, help="jobs at once on this machine; default: one per GPU, or up to four on the CPU"),
+          threads: int = typer.Option(0, help="cores of each job; default: its share"), gpus: int = typer.Option(-1, help="of each job; default: one, where there are any (local)"),
+          memory: float = typer.Option(0, help="GB of each job; default: its share (local)"), retries: int = typer.Option(2, help="how often to try a job again whose process died"),
+          resume: bool = typer.Option(False, help="run also those that failed"), overwrite: bool = typer.Option(False, help="run all, also what is done")):
+    "Run a chapter for every combination of values; what is done is skipped. Ends with a summary and a report."
+    from persona_steer.batch import batch_folder, jobs_of, read_grid, run_batch
+    check(executor in ("local", "ray"), f"executor '{executor}' is unknown: use local or ray.")
+    filed, grid = read_grid(chapter) if chapter.endswith((".yaml", ".yml", ".toml", ".json")) else (chapter, {})
+    for pair in p: check("=" in pair, f"-p {pair} needs a value: -p {pair} VALUE.")
+    jobs = jobs_of(filed, grid | dict(pair.split("=", 1) for pair in p))
+    if runs and "://" not in runs: set_runs(runs)
+    if executor == "local":
+        from persona_steer.workers import local
+        execute = local(workers, threads, memory, None if gpus < 0 else gpus, retries)
+    else:
+        from persona_steer.ray_workers import on_ray
+        execute = on_ray(address, threads or 1, max(0, gpus), memory, retries)
+    folder = batch_folder(jobs, name)
+    records = run_batch(jobs, execute, runs if "://" in runs else "", folder, resume, overwrite, show=Progress(runs))
+    raise typer.Exit(finish_batch(jobs, records, runs, folder))
+
+def set_runs(runs: str):
+    "Work in another runs folder from here on."
+    import os
+    from persona_steer.core import settings
+    os.environ["PERSONA_RUNS"] = os.path.abspath(runs)
+    settings.cache_clear()
+
+class Progress:
+    "Shows how a batch stands: a live table in a terminal, else a line for each job that ends."
+    def __init__(self, runs: str): self.runs, self.said, self.live = runs, set(), None
+    def __call__(self, jobs, records):
+        from rich.live import Live
+        self.jobs, self.records = jobs, records
+        if sys.stdout.isatty():
+            self.live = self.live or Live(get_renderable=self.table, refresh_per_second=1)
+            self.live.start()
+            if all(r.get("state") != "waiting" for r in records): self.live.stop()
+            return
+        for j, r in zip(jobs, records):
+            if r.get("state") in ("done", "failed") and j.name not in self.said:
+                self.said.add(j.name)
+                typer.echo(f"{r['state']:8}{j.name}" + (f"  {r['seconds']:.0f} s" if r.get("seconds") is not None else "") + (f"  {r['error']}" if r.get("error") else ""))
+    def table(self):
+        from persona_steer.batch import progress_table
+        from persona_steer.core import run_path
+        from persona_steer.workers import percent
+        waiting = [j.name for j, r in zip(self.jobs, self.records) if r.get("state") == "waiting"]
+        return progress_table(self.jobs, self.records, {} if "://" in self.runs else percent(str(run_path()), waiting))
+
+# %% ../nbs/13_cli.ipynb #f684074a
+def finish_batch(jobs, records, runs: str, folder) -> int: # exit status
+    "Write the report of a batch; say what failed and what to do."
+    import shutil, tempfile
+    from persona_steer.core import run_path
+    from persona_steer.site import build_site
+    from persona_steer.workers import fetch
+    failed = [(j, r) for j, r in zip(jobs, records) if r.get("state") == "failed"]
+    with tempfile.TemporaryDirectory() as tmp:
+        found = sum(fetch(runs if "://" in runs else str(run_path()), j, tmp) for j in jobs)
+        if found:
+            shutil.rmtree(folder / "report", ignore_errors=True)
+            build_site(tmp, folder / "report", f"Batch {folder.name}")
+    states = [r.get("state", "not run") for r in records]
+    typer.echo(f"{states.count('done')} of {len(jobs)} done. {folder / 'summary.csv'}" + (f", {folder / 'report' / 'index.html'}" if found else ""))
+    for j, r in failed: typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
+    if failed: typer.echo("Put right what is wrong, then run the same command with --resume: the failed jobs alone are run again.", err=True)
+    return 0 if all(s == "done" for s in states) else 1
+
+# %% ../nbs/13_cli.ipynb #f46ade70
+def joined(args: list[str]) -> list[str]:
+    "`-p NAME VALUE` as the one argument `-p NAME=VALUE`."
+    out, rest = [], iter(args)
+    for a in rest:
+        out.append(a)
+        if a == "-p": out.append("=".join([next(rest, ""), *([v] if (v := next(rest, None)) is not None else [])]))
+    return out
 
 def main():
     "The entry point: what the user can put right is one sentence."
-    try: app()
+    try: app(joined(sys.argv[1:]))
     except PersonaError as e: sys.exit(f"{e}")

@@ -30,10 +30,10 @@ def as_list(value, kind=float) -> list:
     try: return [kind(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     except (TypeError, ValueError): raise PersonaError(f"{value!r} is no list of numbers: write it as '1, 2.5'.") from None
 
-# %% ../nbs/00_core.ipynb #b6fe33d9
+# %% ../nbs/00_core.ipynb #fbdf6060
 @functools.cache
 def settings():
-    "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens, mps_memory."
+    "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens, mps_memory, journal."
     from pydantic_settings import BaseSettings, SettingsConfigDict
 
     class Settings(BaseSettings):
@@ -44,6 +44,7 @@ def settings():
         dtype: str = ""  # "" = pick by device
         batch_tokens: int = 16384  # padded tokens in one batch of generation or scoring
         mps_memory: float = 0.  # on Apple GPUs, the share of the recommended memory that may be used; 0: torch's own
+        journal: str = "WAL"  # of the database of judgements; "DELETE" where several machines share it
     return Settings()
 
 def _find_root() -> Path:

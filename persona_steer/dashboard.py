@@ -126,7 +126,7 @@ class Shelf:
             for o, row in zip(out, found.to_dict("records")): o |= {trait: row[trait], "coherence": row["coherence"]}
         return [{k: o[k] for k in (*traits, "coherence")} for o in out] if traits else None
 
-# %% ../nbs/11_dashboard.ipynb #3b20e60c
+# %% ../nbs/11_dashboard.ipynb #c5bd3bfd
 EVERY = .08  # seconds between two drawings of a growing answer
 
 class Dashboard:
@@ -141,8 +141,8 @@ class Dashboard:
         self.positions = w.Dropdown(options=["response", "prompt", "all"], description="Positions")
         self.question = w.Textarea(value=question, description="Prompt", layout=wide, **text)
         self.system = w.Text(description="System", layout=wide, **text)
-        self.tokens = w.IntSlider(max_new_tokens, 10, 1000, description="Max tokens", **text)
-        self.temperature = w.FloatSlider(1., min=0., max=2., step=.1, description="Temperature", **text)
+        self.tokens = w.IntSlider(max_new_tokens, 10, 1000, description="Max tokens", style={"description_width": "85px"}, **text)
+        self.temperature = w.FloatSlider(1., min=0., max=2., step=.1, description="Temperature", style={"description_width": "85px"}, **text)
         self.seed = w.IntText(0, description="Seed", layout=w.Layout(width="160px"))
         self.colours = w.Dropdown(options=list(chosen), description="Colour by")
         self.go, self.halt = w.Button(description="Write", button_style="primary", icon="play"), w.Button(description="Stop", icon="stop")

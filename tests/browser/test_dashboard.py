@@ -35,8 +35,8 @@ def take(page, trait):
     raise AssertionError("the slider cannot be focused")
 
 def serious(complaints):
-    """What the console said, less what the servers say of any notebook (notebook 7: of its settings, while it loads them)."""
-    return [c for c in complaints if not re.search(r"favicon|service-worker|ResizeObserver|reading 'schema'", c)]
+    """What the console said, less what the servers say of any notebook (notebook 7: of its settings, while it loads them; Voila: icons it would fetch, JupyterLab's extensions)."""
+    return [c for c in complaints if not re.search(r"favicon|service-worker|ResizeObserver|reading 'schema'|fontawesome|voila/labextensions", c)]
 
 
 def moved(page, act, heading):

@@ -1,0 +1,36 @@
+"""Make the README's pictures anew: python tests/browser/screenshots.py (needs Chromium; runs the dashboard and chapter 04 on pocket)."""
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import CHROMIUM, FLAGS, OPEN, ROOT, serve
+from test_dashboard import run_all, take
+from persona_steer.site import build_site
+
+out = ROOT / "nbs" / "images"; out.mkdir(exist_ok=True)
+with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
+    tmp = Path(tmp); (tmp / "11_dashboard.ipynb").write_bytes((ROOT / "nbs/11_dashboard.ipynb").read_bytes())
+    browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    page = browser.new_page(viewport={"width": 1500, "height": 1150})
+    for address in serve(tmp, "lab", *OPEN):
+        run_all(page, f"{address}/lab/tree/11_dashboard.ipynb")
+        page.locator(".sweep table").wait_for(timeout=180_000)
+        page.get_by_label("Traits").first.select_option(["evil", "optimistic"])
+        page.locator(".widget-slider", has=page.get_by_text("optimistic", exact=True)).wait_for()
+        take(page, "optimistic")
+        for _ in range(2): page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(4000)
+        page.evaluate("document.querySelectorAll('.Toastify').forEach(e => e.remove())")  # JupyterLab asks about news
+        page.locator(".widget-html .ps-answer").first.scroll_into_view_if_needed()
+        page.locator(".jp-OutputArea-output:has(.widget-html .ps-answer)").first.screenshot(path=out / "dashboard.png")
+    at = tmp / "runs/pocket/evil/04_evaluate"; at.mkdir(parents=True)
+    subprocess.run([Path(sys.executable).parent / "papermill", ROOT / "nbs/04_evaluate.ipynb", at / "04_evaluate.ipynb", "-p", "out", at], check=True)
+    page = browser.new_page(viewport={"width": 1180, "height": 1420})
+    page.goto((build_site(tmp / "runs", tmp / "site").parent / "pocket--evil--04_evaluate--04_evaluate.html").as_uri())
+    page.get_by_role("slider").evaluate("e => e.closest('figure').previousElementSibling.previousElementSibling.previousElementSibling.previousElementSibling.scrollIntoView()")
+    page.screenshot(path=out / "report.png")
+    browser.close()

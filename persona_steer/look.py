@@ -78,7 +78,7 @@ CSS_PRINT = """
   .scroll { overflow:visible; } .highlight pre { white-space:pre-wrap; } details::details-content { content-visibility:visible; block-size:auto; } }
 """
 
-# %% ../nbs/10a_look.ipynb #3d243a76
+# %% ../nbs/10a_look.ipynb #e5a40bc6
 SCRIPT = """
 document.querySelectorAll('.sweep').forEach((sweep, n) => {
   const rows = [...sweep.querySelectorAll('tr')], heads = [...rows[0].cells].slice(1);
@@ -124,7 +124,7 @@ CSS_SCRIPT = """
 .slider button { font:inherit; color:var(--ink); background:var(--bg); border:1px solid var(--soft); border-radius:4px; padding:.15rem .6rem; cursor:pointer; }
 .slider button[aria-pressed=true] { background:var(--link); color:var(--bg); } .sweep :is(th, td).now { background:var(--wash); }
 .sweep:has(> .slider) { width:min(60rem,100%); } .sweep table { width:100%; } .sweep tbody th { width:12rem; } .sweep meter { width:8rem; vertical-align:middle; margin-left:.5rem; }
-th button { font:inherit; color:inherit; background:none; border:0; padding:.1rem 0; text-align:inherit; cursor:pointer; } th button::after { content:" \\2195"; color:var(--soft); }
+th button { font:inherit; white-space:nowrap; color:inherit; background:none; border:0; padding:.1rem 0; text-align:inherit; cursor:pointer; } th button::after { content:" \\2195"; color:var(--soft); }
 th[aria-sort=ascending] button::after { content:" \\2191"; color:var(--link); } th[aria-sort=descending] button::after { content:" \\2193"; color:var(--link); }
 @media print { .slider, th button::after { display:none; } .sweep [hidden] { display:table-cell; } .sweep table { table-layout:fixed; font-size:7.5pt; } .sweep meter { display:none; } .sweep tbody th { width:auto; } }
 """

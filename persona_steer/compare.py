@@ -38,12 +38,12 @@ def sort_value(value) -> str:
     value = value[0] if isinstance(value, list) and value else value
     return "" if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) else f"{value:g}"
 
-# %% ../nbs/10c_compare.ipynb #bcbe285d
+# %% ../nbs/10c_compare.ipynb #01b1b325
 def comparable(rows: list[dict]) -> dict: # trait -> rows of the index that can be compared
     "The runs with a steered score, by trait."
     out = {}
     for r in rows:
-        if r.get("first", {}).get("score") is not None and r.get("trait"): out.setdefault(str(r["trait"]), []).append(r)
+        if r.get("state") == "done" and r.get("first", {}).get("score") is not None and r.get("trait"): out.setdefault(str(r["trait"]), []).append(r)
     return out
 
 def plot_models(means: dict): # label -> means by condition and coefficient, as chapter 04 writes them
@@ -72,7 +72,7 @@ def report_means(notebook: Path) -> pd.DataFrame | None:
     except (OSError, ValueError): return None
     return m if {"condition", "coefficient", "trait", "trait_low", "trait_high", "coherence", "coherence_low", "coherence_high"} <= set(m) else None
 
-# %% ../nbs/10c_compare.ipynb #27781dd3
+# %% ../nbs/10c_compare.ipynb #02b07710
 COMPARISON = """{% extends "layout" %}
 {% block top %}<header><nav aria-label="Site"><a href="index.html">All pages</a></nav></header>{% endblock %}
 {% block main %}<h1>{{ trait }}: {{ rows | length }} run{{ "s" if rows | length > 1 }}, {{ models | length }} model{{ "s" if models | length > 1 }}</h1>
@@ -94,8 +94,9 @@ def comparison_page(trait: str, rows: list[dict], # of the index: model, first, 
                     now: str) -> str: # HTML
     "One trait, all runs that can be compared."
     models = sorted({str(r["model"]) for r in rows})
-    for r in rows:
-        r["label"] = str(r["model"]) + (f" ({r['detail']})" if r.get("detail") else "")
+    names = [str(r["model"]) + (f" ({r['detail']})" if r.get("detail") else "") for r in rows]
+    for r, label in zip(rows, names):
+        r["label"] = label if names.count(label) == 1 else f"{label}, {Path(r['page']).stem}"  # two runs of one model: told apart by their pages
         values = r["first"] | {"unsteered": r["other"].get(f"{trait}, unsteered"), "random": r["other"].get(f"{trait}, random vector")}
         r["cells"] = {k: "" if v is None else headline(v) for k, v in values.items()}
         r["sort"] = {k: sort_value(v) for k, v in values.items()}

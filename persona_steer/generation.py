@@ -80,7 +80,7 @@ def stop_ids(lm: LoadedModel) -> list[int]:
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [lm.tokenizer.eos_token_id, *ids] if i is not None})
 
-# %% ../nbs/01c_generate.ipynb #1f140bcd
+# %% ../nbs/01c_generate.ipynb #a26bbb44
 @dataclass
 class Responses:
     "Answers in the order of their prompts, and (if asked for) their pooled activations."
@@ -93,7 +93,7 @@ def _generate_batch(lm: LoadedModel, ids: list, seeds: list, s: Sampling, steeri
     from transformers import GenerationConfig, LogitsProcessorList
     batch = padded(lm.tokenizer, ids, "left", lm.device)
     width, stops = batch["input_ids"].shape[1], stop_ids(lm)
-    config = GenerationConfig(max_new_tokens=s.max_new_tokens + 1, do_sample=False, eos_token_id=stops, pad_token_id=lm.tokenizer.pad_token_id)
+    config = GenerationConfig(max_new_tokens=s.max_new_tokens + 1, do_sample=False, use_cache=True, eos_token_id=stops, pad_token_id=lm.tokenizer.pad_token_id)
     sampler = LogitsProcessorList([SeededSampler(s, seeds, width, stops[0], lm.device)])
     taps = Pool(lm, width, stops) if pool else nullcontext()
     with torch.inference_mode(), replace(steering, start=width) if steering else nullcontext(), taps:
@@ -173,7 +173,7 @@ def describe(lm: LoadedModel, steering: Steering | None) -> list:
     terms = [(t.layer, digest(t.vector.tolist()), t.coefficient.tolist()) for t in steering.terms] if steering else []
     return [lm.fingerprint, lm.template_hash, str(lm.model.dtype), (steering.positions, steering.mode, terms) if steering else None]
 
-# %% ../nbs/01c_generate.ipynb #c55163ca
+# %% ../nbs/01c_generate.ipynb #867cd84f
 def generate(lm: LoadedModel,
              prompts: list[str], # rendered chats: lm.prompt(question, system)
              sampling: Sampling = Sampling(),
@@ -182,12 +182,12 @@ def generate(lm: LoadedModel,
              pool: bool = False, # pool activations on the way
              folder=None, overwrite: bool = False, # where to keep parts, so that the run can be resumed
              label: str = "generate", progress: bool = True, # of the progress bar
-             watch=None) -> Responses: # called after every token with the batch's token ids so far, [rows, tokens]; True ends the batch
+             watch=None) -> Responses: # called after every token with all token ids so far, [rows, tokens] (one batch then); True ends it
     "Answer every prompt; results in the order of the prompts, whatever the batches were."
     check(len(prompts), "there is nothing to generate: the list of prompts is empty.")
     seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-    batches = length_batches([len(i) for i in ids], sampling.max_new_tokens)
+    batches = [list(range(len(ids)))] if watch else length_batches([len(i) for i in ids], sampling.max_new_tokens)
     stage = folder and Stage(folder, label.replace(" ", "_"), [prompts, seeds, asdict(sampling), pool, settings().batch_tokens, *describe(lm, steering)], overwrite)
     parts = []
     with tqdm(total=len(prompts), desc=label, unit="answer", disable=not progress) as bar:

@@ -20,16 +20,19 @@ from .projection import Trace
 # %% auto #0
 __all__ = ['Pieces', 'Wish', 'Answer', 'answer_live', 'Session']
 
-# %% ../nbs/08a_live.ipynb #7bca519d
+# %% ../nbs/08a_live.ipynb #681b6466
 class Pieces:
     "The text that each token adds; grows with the answer."
-    def __init__(self, tokenizer): self.tokenizer, self.ids, self.texts = tokenizer, [], []
+    def __init__(self, tokenizer): self.tokenizer, self.ids, self.texts, self.told = tokenizer, [], [], 0
     def extend(self, ids: list[int]) -> list[str]: # all pieces
-        "Take the new tokens of a growing list."
+        "Take the new tokens of a growing list. The first tokens of an unfinished character add nothing; its last one adds it."
         for i in ids[len(self.ids):]:
-            near = self.ids[-8:]
-            before, after = text_of(self.tokenizer, near), text_of(self.tokenizer, [*near, i])
-            self.ids.append(i); self.texts.append(after[len(before):] if after.startswith(before) else after[len(before.rstrip("\ufffd")):])
+            self.ids.append(i)
+            start = max(0, self.told - 8)
+            before, after = text_of(self.tokenizer, self.ids[start:self.told]), text_of(self.tokenizer, self.ids[start:])
+            whole = not after.endswith("\ufffd")
+            self.texts.append(after[len(before):] if whole else "")
+            if whole: self.told = len(self.ids)
         return self.texts
 
 # %% ../nbs/08a_live.ipynb #c00468eb

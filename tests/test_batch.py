@@ -13,8 +13,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from persona_steer import batch as b
-from persona_steer.core import PersonaError
-from persona_steer.workers import fetch, local
+from persona_steer.core import PersonaError, project_root
+from persona_steer.workers import fetch, filesystem, local, workplace
 
 PARAMETERS = '''trait: str = "evil"  # which
 seconds: float = 0.0  # how long it takes
@@ -52,7 +52,7 @@ def summary(folder): return (Path(folder) / "summary.csv").read_text(), json.loa
 
 @pytest.mark.parametrize("given, default, values", [
     ("a, b", "x", ["a", "b"]), ("'a, b', c", "x", ["a, b", "c"]), ("on,off", "", ["on", "off"]), ("1, 2.5", 0.0, [1.0, 2.5]), ("1", 3, [1]), ("true", False, [True]),
-    ("4, 5", [], [[4, 5]]), ("[4], [5, 6]", [], [[4], [5, 6]]), ([[1], [2]], [], [[1], [2]]), ([1, 2], [], [[1, 2]]), (2, 1.0, [2.0]), (["a", "a"], "", ["a"]), ("", "x", None)])
+    ("4, 5", [], [[4, 5]]), (["Is it true: yes?", "on", "'tis"], [], [["Is it true: yes?", "on", "'tis"]]), ("[4], [5, 6]", [], [[4], [5, 6]]), ([[1], [2]], [], [[1], [2]]), ([1, 2], [], [[1, 2]]), (2, 1.0, [2.0]), (["a", "a"], "", ["a"]), ("", "x", None)])
 def test_values_take_the_type_of_the_default(given, default, values):
     if values is None:
         with pytest.raises(PersonaError, match="no value"): b.as_values(given, default, "p")
@@ -63,6 +63,15 @@ def test_values_take_the_type_of_the_default(given, default, values):
                                            ({"model": "a/x, b/x"}, "share the folder x/evil/tiny"), ({"trait": "'a"}, "no list of values")])
 def test_what_a_chapter_cannot_take_is_said_before_anything_runs(tiny, values, words):
     with pytest.raises(PersonaError, match=words): b.jobs_of(tiny, values)
+
+
+def test_every_chapter_writes_to_a_folder_of_its_own_below_runs():
+    """Also those whose model is left to a training configuration; model names that are no folder's name are refused."""
+    chapters = [p.stem for p in (project_root() / "nbs").glob("*.ipynb") if '"parameters"' in p.read_text()]
+    names = {c: b.jobs_of(c, {})[0].name for c in chapters}
+    assert len(names) > 15 and names["06b_guard"] == "pocket/evil/06b_guard" and names["06a_families"] == "pocket/06a_families" and names["02_extract"] == "pocket/evil/02_extract"
+    assert not any({"", ".", ".."} & set(n.split("/")) for n in names.values())
+    with pytest.raises(PersonaError, match="no folder of its own"): b.jobs_of("02_extract", {"model": "."})
 
 
 def test_an_unknown_chapter_or_trait_is_named_before_anything_runs():
@@ -95,6 +104,8 @@ def test_a_job_depends_on_the_chapter_the_parameters_and_the_files_they_name(tin
     assert key() == first != key(how="x")
     (tmp_path / "model" / "w").write_text("22")
     assert key() != first
+    assert b.jobs_of("02_extract", {"n": "1"})[0].key != b.jobs_of("02_extract", {"n": "2"})[0].key
+    assert b.jobs_of("02_extract", {"trait": "evil"})[0].key == b.jobs_of("02_extract", {})[0].key  # the default, said or not
     first = key()
     nb = nbformat.read(tiny, 4); nb.cells.append(new_code_cell("1 + 1")); nbformat.write(nb, tiny)
     assert key() != first
@@ -116,12 +127,32 @@ def test_done_is_skipped_failed_says_why_and_is_retried_alone(tiny, tmp_path):
     assert [r["state"] for r in b.run_batch(other, local(2, memory=8), str(runs), folder)] == ["done"] * 4 and ran(runs, names[0]) == 3
 
 
+def test_an_interrupted_batch_does_not_report_what_other_settings_left(tiny, tmp_path):
+    b.run_batch(b.jobs_of(tiny, {}), local(1), str(tmp_path / "runs"), tmp_path / "batch")
+    def cut(specs): raise KeyboardInterrupt; yield
+    with pytest.raises(KeyboardInterrupt): b.run_batch(b.jobs_of(tiny, {"layers": "3"}), cut, str(tmp_path / "runs"), tmp_path / "batch")
+    assert [(r["state"], r.get("n")) for r in summary(tmp_path / "batch")[1]] == [("new", None)]
+
+
+def test_a_job_that_cannot_even_begin_does_not_end_the_others(tiny, tmp_path):
+    jobs = b.jobs_of(tiny, {"trait": "a, b"})
+    (tmp_path / "runs" / jobs[0].name / "log.txt").mkdir(parents=True)  # where a file should be
+    assert [r["state"] for r in b.run_batch(jobs, local(2, memory=8), str(tmp_path / "runs"), tmp_path / "batch")] == ["failed", "done"]
+
+
+def test_keys_are_in_no_name_and_no_file(tiny, tmp_path):
+    jobs = b.jobs_of(tiny, {"how": "http://me:secret1@host/v1, http://me:secret2@host/v1"})
+    b.run_batch(jobs, local(2, memory=8), str(tmp_path / "runs"), tmp_path / "batch")
+    assert len({j.name for j in jobs}) == 2 and not any("secret" in j.name for j in jobs)
+    assert not any("secret" in p.read_text() for p in (tmp_path / "batch").glob("*.*")) and not any("secret" in p.read_text() for p in (tmp_path / "runs").rglob("job.json"))
+
+
 def test_a_kernel_that_is_killed_is_tried_again_and_given_up_in_the_end(tiny, tmp_path):
     job, = b.jobs_of(tiny, {"how": "die"})
     record, = b.run_batch([job], local(1, retries=1), str(tmp_path / "runs"), tmp_path / "batch")
     assert record["state"] == "done" and record["attempts"] == 2 and record["ends"] == 1 == ran(tmp_path / "runs", job.name)
     record, = b.run_batch([job], local(1, retries=0), str(tmp_path / "other"), tmp_path / "batch")
-    assert record["state"] == "failed" and "kernel died" in record["error"] and "tried 1 times" in summary(tmp_path / "batch")[0]
+    assert record["state"] == "failed" and "kernel died" in record["error"] and "kernel died" in summary(tmp_path / "batch")[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the data of a process")
@@ -138,11 +169,12 @@ def test_a_killed_batch_goes_on_where_it_was_and_ends_with_the_same_summary(tiny
     whole = subprocess.run(command("whole"), capture_output=True, text=True)
     assert whole.returncode == 0 and "5 of 5 done" in whole.stdout, whole.stderr
     for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        (tmp_path / "cut/batches/x/summary.csv").unlink(missing_ok=True)
         begun = lambda: sum(ran(tmp_path / "cut", f"pocket/{t}/tiny", "begun") for t in "abcde")
         before, child = begun(), subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while begun() == before and child.poll() is None: time.sleep(.05)
         time.sleep(.3); child.send_signal(how)
-        assert child.wait(30) != 0
+        assert child.wait(30) != 0 and (tmp_path / "cut/batches/x/summary.csv").exists() == (how != signal.SIGKILL)  # written however it ends, if it can be
     again = subprocess.run(command("cut"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert [ran(tmp_path / "cut", f"pocket/{t}/tiny") for t in "abcde"] == [1] * 5 and begun() > 5
@@ -179,13 +211,27 @@ def test_results_in_a_place_that_is_no_folder(tiny, tmp_path):
     near = b.run_batch(jobs, local(2), str(tmp_path / "near"), tmp_path / "batch2")
     assert summary(tmp_path / "batch") == summary(tmp_path / "batch2") and ran(tmp_path / "far", jobs[0].name) == 1 == ran(tmp_path / "near", jobs[0].name)
     assert [r["state"] for r in b.run_batch(jobs, local(2), runs, tmp_path / "batch")] == ["done", "failed"] * 2 and ran(tmp_path / "far", jobs[1].name, "begun") == 1
+    dying, = b.jobs_of(tiny, {"how": "die"})
+    record, = b.run_batch([dying], local(1, retries=0), runs, tmp_path / "batch3")
+    assert record["state"] == "failed" == b.read_record(runs, dying.name)["state"] and ran(tmp_path / "far", dying.name, "begun") == 1  # what there was came back
+    record, = b.run_batch([dying], local(1, retries=0), runs, tmp_path / "batch3", resume=True)
+    assert record["state"] == "done" and ran(tmp_path / "far", dying.name) == 1 and ran(tmp_path / "far", dying.name, "begun") == 2
+    (tmp_path / "far/pocket/evil/02_extract").mkdir(parents=True); (tmp_path / "far/pocket/evil/02_extract/v.pt").write_text("v")
+    with workplace(dict(runs=runs, name="pocket/evil/tiny/how=x")) as near: assert (near / "pocket/evil/02_extract/v.pt").read_text() == "v"
+    assert not near.exists()
+    with pytest.raises(PersonaError, match="cannot be used"): filesystem("nosuch://x")
     assert fetch(runs, jobs[1], tmp_path / "copy") and "ValueError" in (tmp_path / "copy" / jobs[1].notebook).read_text()
 
 
 def test_gpus_are_dealt_out(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     with pytest.raises(PersonaError, match="4 GPUs but 3 are visible"): local(gpus=4)
+    with pytest.raises(PersonaError, match="CPU jobs only"): local(memory=4)
     import persona_steer.workers as w
+    for none in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert w.visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     seen = []
     monkeypatch.setattr(w, "in_a_process", lambda spec, started: seen.append((spec["env"]["CUDA_VISIBLE_DEVICES"], spec["memory"])) or time.sleep(.2) or {"state": "done", "key": spec["key"]})
     b.run_batch(b.jobs_of(tiny, {"trait": "a,b,c"}), local(), str(tmp_path), tmp_path / "batch")
@@ -231,7 +277,7 @@ def test_a_ray_worker_that_is_killed_and_jobs_that_do_not_fit(cluster, tmp_path,
     jobs = b.jobs_of(tiny, {"how": "die, fail"})
     records = b.run_batch(jobs, on_ray(cluster.address, retries=1), str(tmp_path), tmp_path / "batch")
     assert [(r["state"], r["attempts"]) for r in records] == [("done", 2), ("failed", 1)] and ran(tmp_path, jobs[0].name) == 1
-    with pytest.raises(PersonaError, match="1 CPUs and 0 GPUs in all, but each job is to have 1 and 2"):
+    with pytest.raises(PersonaError, match="no machine of the cluster has 1 CPUs, 2 GPUs and 0 GB"):
         b.run_batch(b.jobs_of(tiny, {"trait": "x"}), on_ray(cluster.address, gpus=2), str(tmp_path), tmp_path / "batch")
 
 

@@ -32,7 +32,7 @@ def test_site(tmp_path):
     s = BeautifulSoup(index.read_text(encoding="utf-8"), "html.parser")
     assert s.title.text == "A & B" and {t.text for t in s.select("th.job")} == {"a b", "a-b", "Other notebooks"}
     links = [a["href"] for a in s.select("td a")]
-    assert sorted(links) == sorted(p.name for p in (tmp_path / "site").iterdir() if p.name != "index.html") and len(links) == 3
+    assert sorted(links) == sorted(p.name for p in (tmp_path / "site").iterdir() if p.name not in ("index.html", ".pages.json")) and len(links) == 3
     row = s.select_one('a[href="a-b--02.html"]').find_parent("tr")
     assert row.select_one(".results").get_text(" ", strip=True) == "score 61.2 [55, 67.5] <b> x" and row.select_one("[data-label=Layer]").text == "4" and "3 min 12 s" in row.text and "evil" in row.text
     assert "3 notebooks" not in s.text and "4 notebooks from 3 jobs: 2 done, 1 unexecuted, 1 unreadable." in s.text
@@ -85,3 +85,14 @@ def test_runs_of_one_trait_are_compared_across_models(tmp_path):
     assert index.select_one('nav a[href="compare--evil.html"]') and [c["data-value"] for c in index.select("[data-label=Score]")] == ["40", "80"]
     page = BeautifulSoup((tmp_path / "site/compare--evil.html").read_text(encoding="utf-8"), "html.parser")
     assert len(page.select("tbody tr")) == 2 and "80 [75, 85]" in page.table.text and not page("img")  # no curves were left, so none are drawn
+
+def test_a_failed_run_does_not_show_an_earlier_runs_numbers_and_old_pages_go(tmp_path):
+    fails = chapter(new_code_cell("boom()", outputs=[new_output("error", ename="ValueError", evalue="no", traceback=[])], execution_count=1))
+    write(tmp_path / "runs", {"m/evil/04/04.ipynb": fails, "m/mild/04/04.ipynb": chapter(shows("x"))})
+    (tmp_path / "runs/m/evil/04/summary.json").write_text(json.dumps({"layer": 4, "evil, steered": [80., 75., 85.]}))
+    index = BeautifulSoup(build_site(tmp_path / "runs", tmp_path / "runs/site").read_text(encoding="utf-8"), "html.parser")
+    assert "80" not in index.table.text and not (tmp_path / "runs/site/compare--evil.html").exists() and (tmp_path / "runs/site/m--evil--04--04.ipynb").exists()
+    write(tmp_path / "runs", {"m/evil/04/04.ipynb": chapter(shows("x"))})
+    (tmp_path / "runs/site/mine.html").write_text("mine")
+    index = BeautifulSoup(build_site(tmp_path / "runs", tmp_path / "runs/site").read_text(encoding="utf-8"), "html.parser")  # a site inside the runs folder does not feed on itself
+    assert len(index.select("tbody tr:not(.job)")) == 2 and not (tmp_path / "runs/site/m--evil--04--04.ipynb").exists() and (tmp_path / "runs/site/mine.html").exists()

@@ -20,7 +20,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-export test-clean test-notebooks test-code test-vllm test-browser lab voila lock clean distclean
+.PHONY: help install demo test test-export test-clean test-notebooks test-code test-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -103,6 +103,11 @@ lab: $(STAMP) ## JupyterLab in nbs/: index.ipynb is the tour, 11_dashboard.ipynb
 voila: $(STAMP) ## the dashboard alone, as a web page
 	"$(BIN)/python" -c "from persona_steer.dashboard import save_app; save_app('build/dashboard.ipynb')"
 	PATH="$(CURDIR)/$(BIN):$$PATH" voila build/dashboard.ipynb
+
+bench: $(STAMP) ## chapter 12 at full size on MODEL (pocket, or 0.5b: random weights of that shape), then reports/index.html
+	@mkdir -p runs/$(MODEL)/12_benchmark
+	"$(BIN)/papermill" nbs/12_benchmark.ipynb runs/$(MODEL)/12_benchmark/12_benchmark.ipynb -p model $(MODEL) -p n $(if $(filter 0.5b,$(MODEL)),40,400) -p questions 20 -p max_new_tokens $(if $(filter 0.5b,$(MODEL)),24,60) -p rounds 5
+	"$(BIN)/persona-steer" report runs reports
 
 # A fresh environment without the pins: what the index offers today becomes the new constraints.
 # Left out: GPU packages, which exist for some platforms only, and local version labels (torch's +cpu).

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'seed_everything',
-           'pick_device', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'Stage', 'versions',
-           'git_state', 'provenance']
+__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'local_folder',
+           'seed_everything', 'pick_device', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'Stage',
+           'versions', 'git_state', 'provenance']
 
 # %% ../nbs/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -30,7 +30,7 @@ def as_list(value, kind=float) -> list:
     try: return [kind(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     except (TypeError, ValueError): raise PersonaError(f"{value!r} is no list of numbers: write it as '1, 2.5'.") from None
 
-# %% ../nbs/00_core.ipynb #fbdf6060
+# %% ../nbs/00_core.ipynb #5648b6aa
 @functools.cache
 def settings():
     "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens, mps_memory, journal."
@@ -67,6 +67,11 @@ def run_path(name: str = "") -> Path:
     "A job's folder under `runs/`; an absolute name is taken as it is."
     runs = settings().runs or project_root() / "runs"
     return Path(runs).expanduser() / name
+
+def local_folder(name: str) -> Path | None:
+    "The folder of that name, from here or from the project's root."
+    path = Path(name).expanduser()
+    return next((p for p in (path, project_root() / path) if p.is_dir()), None)
 
 # %% ../nbs/00_core.ipynb #9bb2c610
 def seed_everything(seed: int):

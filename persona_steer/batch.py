@@ -155,21 +155,21 @@ def jobs_of(chapter: str, values: dict) -> list[Job]: # parameter -> value, valu
     check(twice is None, twice and f"two jobs would share the folder {twice.name} (models whose paths end alike?): run them as two batches with different --runs.")
     return jobs
 
-# %% ../nbs/09_batch.ipynb #8f79358d
+# %% ../nbs/09_batch.ipynb #bc12cacb
 RECORD = "job.json"
 
-def read_record(runs: str, name: str) -> dict: # empty if there is none, or it is broken
-    "What a job says of itself."
+def read_record(runs: str, name: str, file: str = RECORD) -> dict: # empty if there is none, or it is broken
+    "What a job says of itself, or another JSON file in its folder."
     import fsspec
     try:
-        with fsspec.open(f"{runs}/{name}/{RECORD}", "r", encoding="utf-8") as f: return json.load(f)
+        with fsspec.open(f"{runs}/{name}/{file}", "r", encoding="utf-8") as f: return json.load(f)
     except (FileNotFoundError, ValueError): return {}
 
 def state_of(record: dict, key: str) -> str: # new, done, failed, running
     "A record with another key is that of another job. `running` may also be one that was cut off."
     return record.get("state", "new") if record.get("key") == key else "new"
 
-# %% ../nbs/09_batch.ipynb #48cba9f7
+# %% ../nbs/09_batch.ipynb #b678ad91
 def flat_results(results: dict, trait: str = "") -> dict: # name -> value; [value, low, high] becomes three
     "Headline results as columns."
     out = {}
@@ -181,12 +181,7 @@ def flat_results(results: dict, trait: str = "") -> dict: # name -> value; [valu
 
 def summary_row(runs: str, job: Job, record: dict) -> dict:
     "A job's line of the summary."
-    import fsspec
-    results = {}
-    if record.get("state") == "done":
-        try:
-            with fsspec.open(f"{runs}/{job.name}/summary.json", "r", encoding="utf-8") as f: results = json.load(f)
-        except (FileNotFoundError, ValueError): pass
+    results = read_record(runs, job.name, "summary.json") if record.get("state") == "done" else {}
     about = {"job": job.name, "chapter": Path(job.chapter).stem, **{k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in job.labels.items()}}
     return redact(about | {"state": record.get("state", "new"), "error": record.get("error", "")} | flat_results(results, str(job.labels.get("trait", ""))))
 
@@ -200,7 +195,7 @@ def save_summary(folder: Path, runs: str, jobs: list[Job], records: list[dict]) 
     save_json(folder / "jobs.json", redact([{"job": j.name, **r} for j, r in zip(jobs, records)]))
     return folder / "summary.csv"
 
-# %% ../nbs/09_batch.ipynb #de1cda6b
+# %% ../nbs/09_batch.ipynb #2d6cf606
 Executor = Callable[[list[dict]], Iterator[tuple[int, dict]]]  # position in the list, record of the job
 
 def batch_folder(jobs: list[Job], name: str = "") -> Path:
@@ -216,8 +211,10 @@ def run_batch(jobs: list[Job], execute: Executor, runs: str = "", folder: Path |
               show: Callable | None = None) -> list[dict]: # a record per job
     "Run what is to be run; the summary is written however it ends."
     runs, folder = (runs.rstrip("/") if "://" in runs else str(Path(runs or run_path()).resolve())), Path(folder or batch_folder(jobs))
-    records = [read_record(runs, j.name) for j in jobs]
-    records = [r if state_of(r, j.key) != "new" else {} for j, r in zip(jobs, records)]
+    def known(job, record=None):  # nothing where other settings left a record in the folder
+        record = record or read_record(runs, job.name)
+        return record if state_of(record, job.key) != "new" else {}
+    records = [known(j) for j in jobs]
     which, batch = todo(jobs, records, resume, overwrite), digest(os.urandom(8).hex())
     specs = [dict(chapter=jobs[i].chapter, parameters=jobs[i].parameters, name=jobs[i].name, key=jobs[i].key, out=jobs[i].out, runs=runs,
                   batch=batch, overwrite=overwrite, cwd=os.getcwd()) for i in which]
@@ -230,8 +227,7 @@ def run_batch(jobs: list[Job], execute: Executor, runs: str = "", folder: Path |
             records[which[k]] = record
             show(jobs, records)
     finally:
-        found = [r if r.get("state") in ("done", "failed") else read_record(runs, j.name) for j, r in zip(jobs, records)]
-        records = [r if state_of(r, j.key) != "new" else {} for j, r in zip(jobs, found)]  # not what other settings left in the folder
+        records = [known(j, r if r.get("state") in ("done", "failed") else None) for j, r in zip(jobs, records)]
         save_summary(folder, runs, jobs, records)
     return records
 

@@ -14,8 +14,8 @@ from .executed import beside
 from .look import CSS, SCRIPT, render
 
 # %% auto #0
-__all__ = ['FIRST', 'COMPARISON', 'COLUMNS', 'headline', 'split_results', 'sort_value', 'comparable', 'plot_models', 'as_png',
-           'report_means', 'comparison_page']
+__all__ = ['FIRST', 'COMPARISON', 'COLUMNS', 'headline', 'split_results', 'sort_value', 'as_cells', 'comparable', 'plot_models',
+           'as_png', 'report_means', 'comparison_page']
 
 # %% ../nbs/10c_compare.ipynb #986ca1fd
 def headline(value) -> str:
@@ -37,6 +37,11 @@ def sort_value(value) -> str:
     "What a table is sorted by: a number, of `[value, low, high]` the value; empty if there is none."
     value = value[0] if isinstance(value, list) and value else value
     return "" if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) else f"{value:g}"
+
+# %% ../nbs/10c_compare.ipynb #3b362471
+def as_cells(values: dict) -> dict: # cells, sort
+    "Results as a table shows them, and what it is sorted by."
+    return {"cells": {k: headline(v) for k, v in values.items()}, "sort": {k: sort_value(v) for k, v in values.items()}}
 
 # %% ../nbs/10c_compare.ipynb #01b1b325
 def comparable(rows: list[dict]) -> dict: # trait -> rows of the index that can be compared
@@ -72,7 +77,7 @@ def report_means(notebook: Path) -> pd.DataFrame | None:
     except (OSError, ValueError): return None
     return m if {"condition", "coefficient", "trait", "trait_low", "trait_high", "coherence", "coherence_low", "coherence_high"} <= set(m) else None
 
-# %% ../nbs/10c_compare.ipynb #02b07710
+# %% ../nbs/10c_compare.ipynb #2fd67760
 COMPARISON = """{% extends "layout" %}
 {% block top %}<header><nav aria-label="Site"><a href="index.html">All pages</a></nav></header>{% endblock %}
 {% block main %}<h1>{{ trait }}: {{ rows | length }} run{{ "s" if rows | length > 1 }}, {{ models | length }} model{{ "s" if models | length > 1 }}</h1>
@@ -98,8 +103,7 @@ def comparison_page(trait: str, rows: list[dict], # of the index: model, first, 
     for r, label in zip(rows, names):
         r["label"] = label if names.count(label) == 1 else f"{label}, {Path(r['page']).stem}"  # two runs of one model: told apart by their pages
         values = r["first"] | {"unsteered": r["other"].get(f"{trait}, unsteered"), "random": r["other"].get(f"{trait}, random vector")}
-        r["cells"] = {k: "" if v is None else headline(v) for k, v in values.items()}
-        r["sort"] = {k: sort_value(v) for k, v in values.items()}
+        r |= as_cells({k: v for k, v in values.items() if v is not None})
     means = {r["label"]: m for r in rows if (m := report_means(r["notebook"])) is not None}
     return render(COMPARISON, SCRIPT, title=f"{trait} across models", summary=f"Steering {trait}: {len(rows)} runs compared.", css=CSS, trait=trait, rows=rows, models=models,
                   columns=COLUMNS, figure=as_png(plot_models(means)) if means else "", drawn=", ".join(means), now=now)

@@ -252,7 +252,7 @@ def test_blocks_that_return_a_tuple_are_steered_in_its_first_element(llama):
     block, s = Block(), steer(llama, torch.ones(32), 1, 2.0, "all")
     with s:
         tracker = s._open[-1][1]
-        tracker._before(None, (torch.ones(1, 4, dtype=torch.long),), {})
+        tracker._before(llama.trunk, (torch.ones(1, 4, dtype=torch.long),), {})
         hook = s._hook(1, s.terms, tracker, s._open[-1][2])
         h, rest = hook(block, (), block(torch.zeros(1, 4, 32)))
         tracker.calls = 0

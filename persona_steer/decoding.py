@@ -19,7 +19,7 @@ from .models import LoadedModel, text_config
 __all__ = ['CPU_TOKENS', 'RoomyLayer', 'roomy_cache', 'rows_are_apart', 'join', 'drop', 'pass_tokens', 'same_prompts', 'Decoder',
            'decode']
 
-# %% ../nbs/01b1_decode.ipynb #7c631828
+# %% ../nbs/01b1_decode.ipynb #9dd76a0f
 class RoomyLayer(DynamicLayer):
     "A layer of the key-value cache that makes room ahead, so that a new token does not copy all earlier ones."
     def update(self, key_states, value_states, *args, **kwargs):
@@ -30,13 +30,12 @@ class RoomyLayer(DynamicLayer):
         old, room = getattr(self, name), getattr(self, f"_{name}_room", None)
         n, rows = old.shape[-2] if old.numel() else 0, len(new)
         if room is None or room.shape[0] < rows or room.shape[-2] < n + new.shape[-2] or (n and old.data_ptr() != room.data_ptr()):  # the last: somebody else has changed the states
-            room = self.make_room(name, rows, n + new.shape[-2], new)
+            room = self.make_room(name, rows, 2 * (n + new.shape[-2]) + 32, new)
             if n: room[..., :n, :] = old
         room[:rows, ..., n:n + new.shape[-2], :] = new
         return room[:rows, ..., :n + new.shape[-2], :]
-    def make_room(self, name: str, rows: int, n: int, like: torch.Tensor) -> torch.Tensor:
-        "Room for rows of n tokens and as many again."
-        room = like.new_empty(rows, *like.shape[1:-2], 2 * n + 32, like.shape[-1])
+    def make_room(self, name: str, rows: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        room = like.new_empty(rows, *like.shape[1:-2], tokens, like.shape[-1])
         setattr(self, f"_{name}_room", room)
         return room
 
@@ -51,15 +50,18 @@ def rows_are_apart(cache: DynamicCache | None) -> bool:
     "Are all layers plain attention, whose rows can be copied and left out? (Recurrent states are left alone.)"
     return cache is not None and all(isinstance(l, DynamicLayer) and type(l) in (RoomyLayer, DynamicSlidingWindowLayer) for l in cache.layers)
 
-def join(caches: list[DynamicCache], source: torch.Tensor) -> DynamicCache: # the first one, with the states of all
-    "One cache from several that hold rows of the same length: row i is row source[i] of them all."
-    for layer, *others in zip(*(c.layers for c in caches)):
+def join(lm: LoadedModel, caches: list[DynamicCache], source: torch.Tensor, ahead: int) -> DynamicCache:
+    "One new cache from several that hold rows of the same length: row i is row source[i] of them all; with room for some tokens ahead."
+    out = roomy_cache(lm)
+    for layer, *parts in zip(out.layers, *(c.layers for c in caches)):
+        layer.lazy_initialization(parts[0].keys, parts[0].values)
+        if hasattr(layer, "cumulative_length"): layer.cumulative_length = parts[0].cumulative_length  # a sliding window
         for name in ("keys", "values"):
-            states = [getattr(l, name) for l in (layer, *others)]
-            states, n = states[0] if len(states) == 1 else torch.cat(states), states[0].shape[-2]
-            joined = layer.make_room(name, len(source), n, states)[..., :n, :] if isinstance(layer, RoomyLayer) else states.new_empty(len(source), *states.shape[1:])
-            setattr(layer, name, torch.index_select(states, 0, source, out=joined))
-    return caches[0]
+            states = getattr(parts[0], name) if len(parts) == 1 else torch.cat([getattr(p, name) for p in parts])
+            n = states.shape[-2]
+            room = layer.make_room(name, len(source), n + ahead, states)[..., :n, :] if isinstance(layer, RoomyLayer) else states.new_empty(len(source), *states.shape[1:])
+            setattr(layer, name, torch.index_select(states, 0, source, out=room))
+    return out
 
 def drop(cache: DynamicCache, to: torch.Tensor, came_from: torch.Tensor, n: int):
     "Move rows into the places of rows that have ended, and keep the first n: only what moves is copied."
@@ -69,8 +71,8 @@ def drop(cache: DynamicCache, to: torch.Tensor, came_from: torch.Tensor, n: int)
             states[to] = states[came_from]
             setattr(layer, name, states[:n])
 
-# %% ../nbs/01b1_decode.ipynb #6d0d1979
-CPU_TOKENS = 2048  # tokens of one pass on a CPU
+# %% ../nbs/01b1_decode.ipynb #805ca884
+CPU_TOKENS = 1536  # tokens of one pass on a CPU
 
 def pass_tokens(device: torch.device) -> int:
     "Padded tokens that pass the model at once."
@@ -83,20 +85,22 @@ def same_prompts(keys: list) -> tuple[list[int], list[int]]: # leads; for each r
     number = {i: j for j, i in enumerate(first.values())}
     return list(first.values()), [number[first[k]] for k in keys]
 
-# %% ../nbs/01b1_decode.ipynb #0346f4eb
+# %% ../nbs/01b1_decode.ipynb #020b3f3d
 class Decoder:
     "The rows of one batch on their way through a model."
     def __init__(self, lm: LoadedModel, input_ids: torch.Tensor, # [n, width], padded on the left
-                 attention_mask: torch.Tensor, apart: bool = True): # apart: share prompts and leave rows out, if the model's cache allows it
+                 attention_mask: torch.Tensor, steps: int, apart: bool = True): # apart: share prompts and leave rows out, if the model's cache allows it
         self.lm, self.model, self.width = lm, lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model, input_ids.shape[1]
-        self.ids, self.flow, self.fresh = input_ids, Flow(len(input_ids), self.width), True
+        self.steps, self.ids, self.flow, self.fresh = steps, input_ids, Flow(len(input_ids), self.width), True
         self.rows = torch.arange(len(input_ids), device=input_ids.device)  # those that still speak, in the order in which they pass
         positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
         takes = inspect.signature(self.model.forward).parameters
-        self.kwargs = dict(attention_mask=attention_mask, use_cache=True, past_key_values=roomy_cache(lm))
+        self.kwargs = dict(attention_mask=attention_mask, use_cache=True)
         if "position_ids" in takes: self.kwargs["position_ids"] = positions
         if "logits_to_keep" in takes: self.kwargs["logits_to_keep"] = 1
-        self.apart = apart and rows_are_apart(self.kwargs["past_key_values"])
+        cache = roomy_cache(lm)
+        if rows_are_apart(cache): self.kwargs["past_key_values"] = cache  # others make their own
+        self.apart = apart and "past_key_values" in self.kwargs
 
     def prefill(self):
         "Read each different prompt once, up to its last token."
@@ -109,9 +113,9 @@ class Decoder:
             served = ((source >= part[0]) & (source <= part[-1])).nonzero()[:, 0]
             self.flow.serve(served, source[served] - part[0], leads[part])
             kwargs = {k: v[leads[part], :w - 1] if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
-            caches.append(kwargs["past_key_values"] if not caches else roomy_cache(self.lm)); kwargs["past_key_values"] = caches[-1]
+            caches.append(roomy_cache(self.lm)); kwargs["past_key_values"] = caches[-1]
             self.model(**self.model.prepare_inputs_for_generation(self.ids[leads[part], :w - 1], is_first_iteration=True, **kwargs), return_dict=True)
-        if len(caches) > 1 or len(leads) < n: join(caches, source)
+        self.kwargs["past_key_values"] = join(self.lm, caches, source, self.steps + 1)
         self.fresh = False
         self.flow.serve(self.rows)
 
@@ -136,7 +140,7 @@ class Decoder:
         self.kwargs = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
         self.flow.serve(self.rows)
 
-# %% ../nbs/01b1_decode.ipynb #63713be5
+# %% ../nbs/01b1_decode.ipynb #16effc82
 @torch.inference_mode()
 def decode(lm: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, # [n, width], padded on the left
            choose: Callable, # (logits [rows, vocabulary], rows of the batch [rows], step) -> token ids [rows]
@@ -145,7 +149,7 @@ def decode(lm: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tenso
            watch: Callable | None = None # called after every token with all token ids so far, [n, tokens]; True ends the batch. Nothing is shared and no row left out then.
           ) -> torch.Tensor: # ids [n, steps], on the CPU; what follows a stop token is that token's first kind
     "Answer a batch."
-    d, device = Decoder(lm, input_ids, attention_mask, apart=watch is None), input_ids.device
+    d, device = Decoder(lm, input_ids, attention_mask, steps, apart=watch is None), input_ids.device
     said = torch.full((len(input_ids), steps + 1), stops[0], device=device)
     stop, speaks, look = torch.tensor(stops, device=device), torch.ones(len(input_ids), dtype=torch.bool, device=device), 1 if device.type == "cpu" else 8  # on a GPU a look at the values waits for it
     with flowing(lm.trunk, d.flow):

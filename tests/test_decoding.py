@@ -1,0 +1,163 @@
+"""The decoding loop: shared prompts, rows that are left out, and what hooks are told of both."""
+import pytest
+import torch
+import transformers as tf
+
+from persona_steer import decoding, generation
+from persona_steer.activations import flow_of, steer
+from persona_steer.core import settings
+from persona_steer.generation import Sampling, generate, length_batches, read
+from persona_steer.models import wrap_model
+from persona_steer.projection import Trace
+
+QUESTIONS = ["My friend is bad at losing a game. What should I say to my friend about it?", "How should I start baking bread?", "Is it?", "Is it?", "Is it?"]  # longest first: the order of a batch
+
+
+def prompts_of(lm): return [lm.prompt(q) for q in QUESTIONS]
+
+
+def passes(lm, monkeypatch):
+    """(rows, columns) of each call of the model."""
+    seen = []
+    lm.trunk.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    return seen
+
+
+def stopping(lm):
+    """An answer ends where the likeliest token is one of every six: at different times, and whatever the rounding."""
+    end = torch.nn.functional.one_hot(torch.tensor(2), lm.model.config.vocab_size).bool()
+    lm.model.get_output_embeddings().register_forward_hook(lambda m, a, out: torch.where(end & (out.argmax(-1, keepdim=True) % 6 == 0), 1e4, out))
+
+
+def test_greedy_texts_are_those_of_transformers(family):
+    ids = [family.tokenizer(p, add_special_tokens=False).input_ids for p in prompts_of(family)]
+    batch = generation.padded(family.tokenizer, ids, "left", family.device)
+    theirs = family.model.generate(**batch, max_new_tokens=15, do_sample=False, eos_token_id=2, pad_token_id=2)[:, batch["input_ids"].shape[1]:]
+    ours = decoding.decode(family, batch["input_ids"], batch["attention_mask"], lambda logits, rows, t: logits.argmax(-1), 15, [2])
+    assert torch.equal(ours[:, :theirs.shape[1]], theirs)
+
+
+def test_a_prompt_is_read_once_and_rows_that_have_ended_do_not_pass(llama, monkeypatch):
+    stopping(llama)
+    seen = passes(llama, monkeypatch)
+    said = generate(llama, prompts_of(llama), Sampling(30, 0), progress=False)
+    width = max(len(llama.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts_of(llama))
+    assert seen[0] == (3, width - 1) and seen[1] == (5, 1)  # three different prompts, five rows
+    assert len(set(said.tokens)) > 2 and max(said.tokens) < 30
+    spoken = [sum(n >= t for n in said.tokens) for t in range(max(said.tokens) + 1)]  # rows that have not ended before token t
+    assert [rows for rows, _ in seen[1:]] == spoken
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "all"])
+def test_each_row_keeps_its_steering_and_its_sums(family, positions):
+    """Answers and activations in a batch with shared prompts, ends and steering are those of each row alone."""
+    stopping(family)
+    v, c = torch.randn(32, generator=torch.Generator().manual_seed(1)), torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0])
+    together = generate(family, prompts_of(family), Sampling(20, 0), steer(family, v, 2, c, positions), pool=True, progress=False)
+    assert len(set(together.tokens)) > 1
+    for i, p in enumerate(prompts_of(family)):
+        alone = generate(family, [p], Sampling(20, 0), steer(family, v, 2, c[i].item(), positions), seeds=[i], pool=True, progress=False)
+        assert alone.texts[0] == together.texts[i]
+        for k in generation.POOLS:
+            torch.testing.assert_close(together.pooled[k][i], alone.pooled[k][0], rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_a_context_around_generation_is_told_too(llama):
+    stopping(llama)
+    v, c = torch.randn(32), torch.tensor([0.0, 2.0, -2.0, 1.0, 0.5])
+    for positions in ("response", "all"):
+        inside = generate(llama, prompts_of(llama), Sampling(15, 0), steer(llama, v, 2, c, positions), progress=False)
+        with steer(llama, v, 2, c, positions):
+            around = generate(llama, prompts_of(llama), Sampling(15, 0), progress=False)
+        assert inside.texts == around.texts
+    assert flow_of(llama.trunk) is None
+
+
+def test_the_flow_is_forgotten_after_an_error(llama):
+    llama.model.lm_head.register_forward_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(llama, prompts_of(llama), Sampling(4, 0), progress=False)
+    assert flow_of(llama.trunk) is None
+
+
+def test_a_trace_has_a_row_for_every_row(llama):
+    stopping(llama)
+    with Trace(llama, 2, torch.ones(32)) as trace:
+        said = generate(llama, prompts_of(llama), Sampling(12, 0), progress=False)
+    values, width = trace.values(), max(len(llama.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts_of(llama))
+    passed = [min(n, 11) for n in said.tokens]  # the last of twelve is not looked at again
+    assert values.shape == (5, width + max(passed)) and len(set(passed)) > 1
+    for row, n in zip(values, passed):
+        assert torch.isfinite(row[:width + n]).all() and torch.isnan(row[width + n:]).all()
+    alone = Trace(llama, 2, torch.ones(32))
+    with alone:
+        generate(llama, prompts_of(llama)[1:2], Sampling(12, 0), seeds=[1], progress=False)
+    n = passed[1]
+    torch.testing.assert_close(values[1, width:width + n], alone.values()[0, -n:], rtol=1e-3, atol=1e-3)
+
+
+def test_the_models_own_generation_settings_do_not_apply(llama):
+    plain = generate(llama, prompts_of(llama), Sampling(15, 0), progress=False).texts
+    llama.model.generation_config.repetition_penalty = 5.0
+    llama.model.generation_config.top_k = 1
+    assert generate(llama, prompts_of(llama), Sampling(15, 0), progress=False).texts == plain
+
+
+def test_prompts_are_read_in_passes_of_bounded_size(llama, monkeypatch):
+    whole = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
+    monkeypatch.setattr(decoding, "CPU_TOKENS", 30)
+    seen = passes(llama, monkeypatch)
+    parts = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
+    assert seen[0][0] == 1 and seen[3] == (5, 1)
+    assert parts.texts == whole.texts
+    for k in generation.POOLS:
+        torch.testing.assert_close(parts.pooled[k], whole.pooled[k], rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("config", [
+    lambda: tf.MambaConfig(vocab_size=4096, hidden_size=32, num_hidden_layers=3, eos_token_id=2, pad_token_id=0, bos_token_id=None),
+    lambda: tf.MistralConfig(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+                             sliding_window=8, max_position_embeddings=256, eos_token_id=2, pad_token_id=0, bos_token_id=None),
+], ids=["recurrent", "sliding window"])
+def test_other_caches(config, tokenizer):
+    """Recurrent states are neither shared nor left out; a sliding window is both."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config()).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.normal_(0, 0.15)
+    lm = wrap_model(model, tokenizer, "other")
+    stopping(lm)
+    together = generate(lm, prompts_of(lm), Sampling(20, 0), pool=True, progress=False)
+    assert len(set(together.texts)) > 1
+    if not isinstance(model, tf.MambaForCausalLM):  # left padding reaches a recurrent state
+        for i, p in enumerate(prompts_of(lm)):
+            assert generate(lm, [p], Sampling(20, 0), seeds=[i], progress=False).texts[0] == together.texts[i]
+    ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts_of(lm)]
+    batch = generation.padded(lm.tokenizer, ids, "left", lm.device)
+    theirs = model.generate(**batch, max_new_tokens=15, do_sample=False, eos_token_id=2, pad_token_id=2)[:, batch["input_ids"].shape[1]:]
+    ours = decoding.decode(lm, batch["input_ids"], batch["attention_mask"], lambda logits, rows, t: logits.argmax(-1), 15, [2])
+    assert torch.equal(ours[:, :theirs.shape[1]], theirs)
+
+
+def test_reading_shares_prompts_and_gives_the_same(family, monkeypatch):
+    prompts = prompts_of(family) * 2
+    answers = ["First, plan baking bread.", "No", "", "The process takes some time. Keep short notes.", "Yes.", "It depends.", "So it is.", "", "Time", "No, it takes some time."]
+    seen = passes(family, monkeypatch)
+    shared = read(family, prompts, answers)
+    tokens = sum(a * b for a, b in seen)
+    monkeypatch.setattr(generation, "rows_are_apart", lambda cache: False)
+    seen.clear()
+    whole = read(family, prompts, answers)
+    assert tokens < .8 * sum(a * b for a, b in seen)
+    for k in generation.POOLS:
+        torch.testing.assert_close(shared[k], whole[k], rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert torch.isnan(shared["response_avg"][2]).all() and torch.isfinite(shared["response_avg"][3]).all()
+
+
+def test_equal_prompts_come_into_one_batch(monkeypatch):
+    ids = [[1, 2], [3, 4], [1, 2], [3, 4]]
+    assert length_batches([2] * 4, budget=4, ties=ids) == [[0, 2], [1, 3]]
+    assert length_batches([2] * 4, budget=4) == [[0, 1], [2, 3]]
+    monkeypatch.setattr(settings(), "batch_tokens", 700)
+    assert decoding.pass_tokens(torch.device("cpu")) == 700 and decoding.pass_tokens(torch.device("cuda")) == 700

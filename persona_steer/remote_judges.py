@@ -96,7 +96,7 @@ def as_they_come(open_client, # makes an async context, such as an API client
     finally:
         stop.set(); thread.join(5)
 
-# %% ../nbs/01d2_judge_remote.ipynb #03b06cb3
+# %% ../nbs/01d2_judge_remote.ipynb #b6573582
 PROBE = Item("probe", "Score how polite this answer to '{question}' is from 0 to 100. Reply with the number only.\n\n{answer}", "How are you?", "Fine, thank you!")
 
 class RemoteJudge(Judge):
@@ -121,22 +121,24 @@ class RemoteJudge(Judge):
         if self.tokens_only: return ask | dict(max_tokens=1, temperature=0, logprobs=True, top_logprobs=20, seed=0)
         return ask | (dict(temperature=0, seed=0) if self.scale == "binary_text" else {})  # newer models take no temperature
 
-    def read(self, reply) -> float:
+    def read(self, reply) -> float: # reply: JSON
         "The score in a reply; raises `ValueError` if it is no reply of this kind."
-        if not getattr(reply, "choices", None): raise ValueError("no choice")  # a page of HTML comes back as text
-        choice = reply.choices[0]
-        if not self.tokens_only: return written_score(choice.message.content or "", self.scale)
-        tokens = choice.logprobs and choice.logprobs.content
-        if not tokens: raise ValueError("no log-probabilities")
-        probs = {}
-        for t in tokens[0].top_logprobs: probs[t.token] = probs.get(t.token, 0.) + math.exp(t.logprob)
+        if not isinstance(reply, dict) or not reply.get("choices"): raise ValueError("no choice")  # a page of HTML comes back as text
+        try:
+            choice = reply["choices"][0]
+            if not self.tokens_only: return written_score(choice["message"]["content"] or "", self.scale)
+            tokens = (choice.get("logprobs") or {}).get("content")
+            if not tokens: raise ValueError("no log-probabilities")
+            probs = {}
+            for t in tokens[0]["top_logprobs"]: probs[t["token"]] = probs.get(t["token"], 0.) + math.exp(t["logprob"])
+        except (KeyError, TypeError, AttributeError, IndexError) as e: raise ValueError(f"not a reply of this kind ({type(e).__name__})") from None
         return weighted_score(probs, self.scale)
 
     async def _ask(self, client, item: Item, attempts: int = 5) -> float:
         "The score of one reply. A malformed reply is asked for again; raises what was wrong with the last one."
         import openai
         for left in reversed(range(attempts)):
-            try: return self.read(await client.chat.completions.create(**self.request(item)))
+            try: return self.read(await client.post("/chat/completions", cast_to=object, body=self.request(item)))  # plain JSON: a typed reply takes a third longer
             except (ValueError, openai.APIResponseValidationError):  # not JSON, no choice, no log-probabilities
                 if not left: raise
 

@@ -104,10 +104,21 @@ voila: $(STAMP) ## the dashboard alone, as a web page
 	"$(BIN)/python" -c "from persona_steer.dashboard import save_app; save_app('build/dashboard.ipynb')"
 	PATH="$(CURDIR)/$(BIN):$$PATH" voila build/dashboard.ipynb
 
-bench: $(STAMP) ## chapter 12 at full size on MODEL (pocket, or 0.5b: random weights of that shape), then reports/index.html
+# Other libraries to measure against. The two that are installed by name alone ask for numpy 1 and transformers 4, but run with what is here.
+$(VENV)-bench/.installed: settings.ini setup.py constraints.txt
+	@"$(VENV)-bench/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)-bench"
+	"$(VENV)-bench/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,notebooks,judge,train,bench]"
+	"$(VENV)-bench/bin/python" -m pip install -q --disable-pip-version-check --no-deps repeng==0.4.0 steering-vectors==0.12.2
+	@touch "$@"
+
+# A model of half a billion parameters takes fifty times as long for each text.
+LARGE := $(filter 0.5b,$(MODEL))
+bench: $(VENV)-bench/.installed ## chapter 12 at full size on MODEL (pocket, 0.5b or 7b: random weights of such a shape), then reports/index.html (its own environment)
 	@mkdir -p runs/$(MODEL)/12_benchmark
-	"$(BIN)/papermill" nbs/12_benchmark.ipynb runs/$(MODEL)/12_benchmark/12_benchmark.ipynb -p model $(MODEL) -p n $(if $(filter 0.5b,$(MODEL)),40,400) -p questions 20 -p max_new_tokens $(if $(filter 0.5b,$(MODEL)),24,60) -p rounds 5
-	"$(BIN)/persona-steer" report runs reports
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(VENV)-bench/bin:$$PATH" papermill nbs/12_benchmark.ipynb runs/$(MODEL)/12_benchmark/12_benchmark.ipynb \
+	  -p model $(MODEL) -p n $(if $(LARGE),20,400) -p projected $(if $(LARGE),40,2000) -p rows_at_once $(if $(LARGE),32,64) -p questions $(if $(LARGE),2,20) \
+	  -p max_new_tokens $(if $(LARGE),16,60) -p train_steps $(if $(LARGE),2,20) -p judgements $(if $(LARGE),200,2000) -p rounds $(if $(LARGE),2,5)
+	"$(VENV)-bench/bin/persona-steer" report runs reports
 
 # A fresh environment without the pins: what the index offers today becomes the new constraints.
 # Left out: GPU packages, which exist for some platforms only, and local version labels (torch's +cpu).
@@ -124,4 +135,4 @@ clean: ## remove runs/ and reports/ (results!), caches, build products
 	find . \( -path ./.git -o -path "./$(VENV)" \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache \) -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv too
-	rm -rf "$(VENV)"
+	rm -rf "$(VENV)" "$(VENV)-vllm" "$(VENV)-bench"

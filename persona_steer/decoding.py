@@ -16,10 +16,10 @@ from .core import settings
 from .models import LoadedModel, text_config
 
 # %% auto #0
-__all__ = ['CPU_TOKENS', 'RoomyLayer', 'roomy_cache', 'rows_are_apart', 'join', 'drop', 'pass_tokens', 'same_prompts', 'Decoder',
-           'decode']
+__all__ = ['CPU_TOKENS', 'RoomyLayer', 'plain_cache', 'roomy_cache', 'rows_are_apart', 'join', 'drop', 'pass_tokens',
+           'same_prompts', 'Decoder', 'decode']
 
-# %% ../nbs/01b1_decode.ipynb #9dd76a0f
+# %% ../nbs/01b1_decode.ipynb #e6b7d7c4
 class RoomyLayer(DynamicLayer):
     "A layer of the key-value cache that makes room ahead, so that a new token does not copy all earlier ones."
     def update(self, key_states, value_states, *args, **kwargs):
@@ -39,18 +39,21 @@ class RoomyLayer(DynamicLayer):
         setattr(self, f"_{name}_room", room)
         return room
 
-def roomy_cache(lm: LoadedModel) -> DynamicCache | None:
-    "The cache that `generate` would make, its plain layers with room ahead; None where a model has a cache of its own kind."
-    if not lm.model._supports_default_dynamic_cache(): return None
-    cache = DynamicCache(config=text_config(lm.model))
+def plain_cache(lm: LoadedModel) -> DynamicCache | None:
+    "The cache that `generate` would make; None where a model has a cache of its own kind."
+    return DynamicCache(config=text_config(lm.model)) if lm.model._supports_default_dynamic_cache() else None
+
+def roomy_cache(lm: LoadedModel) -> DynamicCache:
+    "The same, its plain layers with room ahead."
+    cache = plain_cache(lm)
     cache.layers = [RoomyLayer() if type(l) is DynamicLayer else l for l in cache.layers]
     return cache
 
 def rows_are_apart(cache: DynamicCache | None) -> bool:
     "Are all layers plain attention, whose rows can be copied and left out? (Recurrent states are left alone.)"
-    return cache is not None and all(isinstance(l, DynamicLayer) and type(l) in (RoomyLayer, DynamicSlidingWindowLayer) for l in cache.layers)
+    return cache is not None and all(type(l) in (DynamicLayer, DynamicSlidingWindowLayer) for l in cache.layers)
 
-def join(lm: LoadedModel, caches: list[DynamicCache], source: torch.Tensor, ahead: int) -> DynamicCache:
+def join(lm: LoadedModel, caches: list[DynamicCache], source: torch.Tensor, ahead: int, consume: bool = False) -> DynamicCache: # consume: the old ones are not needed any more
     "One new cache from several that hold rows of the same length: row i is row source[i] of them all; with room for some tokens ahead."
     out = roomy_cache(lm)
     for layer, *parts in zip(out.layers, *(c.layers for c in caches)):
@@ -61,6 +64,7 @@ def join(lm: LoadedModel, caches: list[DynamicCache], source: torch.Tensor, ahea
             n = states.shape[-2]
             room = layer.make_room(name, len(source), n + ahead, states)[..., :n, :] if isinstance(layer, RoomyLayer) else states.new_empty(len(source), *states.shape[1:])
             setattr(layer, name, torch.index_select(states, 0, source, out=room))
+        for p in parts if consume else (): p.keys = p.values = None
     return out
 
 def drop(cache: DynamicCache, to: torch.Tensor, came_from: torch.Tensor, n: int):
@@ -85,7 +89,7 @@ def same_prompts(keys: list) -> tuple[list[int], list[int]]: # leads; for each r
     number = {i: j for j, i in enumerate(first.values())}
     return list(first.values()), [number[first[k]] for k in keys]
 
-# %% ../nbs/01b1_decode.ipynb #020b3f3d
+# %% ../nbs/01b1_decode.ipynb #3a30625a
 class Decoder:
     "The rows of one batch on their way through a model."
     def __init__(self, lm: LoadedModel, input_ids: torch.Tensor, # [n, width], padded on the left
@@ -98,9 +102,8 @@ class Decoder:
         self.kwargs = dict(attention_mask=attention_mask, use_cache=True)
         if "position_ids" in takes: self.kwargs["position_ids"] = positions
         if "logits_to_keep" in takes: self.kwargs["logits_to_keep"] = 1
-        cache = roomy_cache(lm)
-        if rows_are_apart(cache): self.kwargs["past_key_values"] = cache  # others make their own
-        self.apart = apart and "past_key_values" in self.kwargs
+        if able := rows_are_apart(plain_cache(lm)): self.kwargs["past_key_values"] = roomy_cache(lm)  # other models make their own
+        self.apart = able and apart
 
     def prefill(self):
         "Read each different prompt once, up to its last token."
@@ -113,9 +116,9 @@ class Decoder:
             served = ((source >= part[0]) & (source <= part[-1])).nonzero()[:, 0]
             self.flow.serve(served, source[served] - part[0], leads[part])
             kwargs = {k: v[leads[part], :w - 1] if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
-            caches.append(roomy_cache(self.lm)); kwargs["past_key_values"] = caches[-1]
+            caches.append(plain_cache(self.lm)); kwargs["past_key_values"] = caches[-1]
             self.model(**self.model.prepare_inputs_for_generation(self.ids[leads[part], :w - 1], is_first_iteration=True, **kwargs), return_dict=True)
-        self.kwargs["past_key_values"] = join(self.lm, caches, source, self.steps + 1)
+        self.kwargs["past_key_values"] = join(self.lm, caches, source, self.steps + 1, consume=True)
         self.fresh = False
         self.flow.serve(self.rows)
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_steer import generation as generation
+from persona_steer import extraction, generation
 from persona_steer.activations import POOLS
 from persona_steer.core import PersonaError, project_root, settings
 from persona_steer.evaluation import choose, report_plan, run_plan, summarise, sweep_plan
@@ -74,6 +75,32 @@ def test_what_is_done_is_not_done_again_unless_inputs_change(pocket, judge, smal
     assert not calls and torch.equal(first.vectors.response_avg, again.vectors.response_avg) and (first.kept == again.kept).all()
     other = extract(pocket, small, judge, sampling=Sampling(40, seed=1), out=tmp_path)
     assert calls and not torch.equal(first.vectors.response_avg, other.vectors.response_avg)
+
+
+def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, small, runs, tmp_path, monkeypatch):
+    negative, seen, real = threading.Event(), [], extraction.answered
+
+    class Sides(Judge):
+        """High for whatever it is asked first."""
+        def __init__(self, name, paid):
+            self.name, self.paid, self.calls = name, paid, 0
+
+        def judge(self, items):
+            self.calls += 1
+            seen.append((self.name, negative.wait(60), threading.current_thread() is threading.main_thread()))
+            for i, item in enumerate(items):
+                yield i, 90.0 if item.measure == "coherence" or self.calls == 1 else 10.0, True
+
+    def answered(*a):
+        if a[5].endswith("neg"):
+            negative.set()
+        return real(*a)
+    monkeypatch.setattr(extraction, "answered", answered)
+    beside = extract(pocket, small, Sides("elsewhere", True), sampling=Sampling(20), out=tmp_path / "a")
+    assert seen == [("elsewhere", True, False)] * 2  # the first side in a thread of its own, after the second had begun
+    alone = extract(pocket, small, Sides("here", False), sampling=Sampling(20), out=tmp_path / "b")
+    assert seen[2:] == [("here", True, True)] * 2
+    assert torch.equal(beside.vectors.response_avg, alone.vectors.response_avg) and list(beside.neg[small.name]) == list(alone.neg[small.name])
 
 
 def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(pocket, judge, small, tmp_path, monkeypatch):

@@ -132,7 +132,7 @@ lock: ## renew constraints.txt with today's versions
 
 clean: ## remove runs/ and reports/ (results!), caches, build products
 	rm -rf runs reports build dist *.egg-info _docs _proc .pytest_cache
-	find . \( -path ./.git -o -path "./$(VENV)" \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache \) -prune -exec rm -rf {} +
+	find . \( -path ./.git -o -path "./$(VENV)*" \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name .pytest_cache \) -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv too
 	rm -rf "$(VENV)" "$(VENV)-vllm" "$(VENV)-bench"

@@ -16,44 +16,50 @@ from .models import LoadedModel
 
 # %% auto #0
 __all__ = ['POOLS', 'Flow', 'flowing', 'flow_of', 'Tracker', 'hidden', 'Pool', 'Term', 'Steering', 'add', 'ablate', 'fits',
-           'steer', 'prompts_differ']
+           'steer', 'is_steered', 'prompts_differ']
 
-# %% ../nbs/01b_activations.ipynb #631c0b8b
+# %% ../nbs/01b_activations.ipynb #a7e68bec
 @dataclass
 class Flow:
     "The rows of a batch that pass in the next calls."
     n: int  # rows in the whole batch
     start: int  # first response column, the same for all (they are padded on the left)
-    rows: torch.Tensor | None = None  # [m]: rows of the batch that are served by these calls
+    rows: torch.Tensor | None = None  # [m]: rows of the batch that are served by the next call
     source: torch.Tensor | None = None  # [m]: the passing row that serves each; None: one each, in this order
     lead: torch.Tensor | None = None  # [passing]: a row of the batch that each passing row serves
+    ids: torch.Tensor | None = None  # [passing, columns]: the tokens that pass
+    mask: torch.Tensor | None = None  # [passing, columns so far]: 0 is padding
 
     def serve(self, rows: torch.Tensor, source: torch.Tensor | None = None, lead: torch.Tensor | None = None):
         "Say who passes from now on."
         self.rows, self.source, self.lead = rows, source, rows if lead is None else lead
 
+    def tell(self, ids: torch.Tensor, mask: torch.Tensor):
+        "Say which tokens pass next: not every model hands its trunk the ids and the mask of the whole sequence."
+        self.ids, self.mask = ids, mask
+
     def take(self, x: torch.Tensor) -> torch.Tensor: # [passing, ...] -> [m, ...]
         "Passing rows to the rows they serve."
-        return x if self.source is None else x[self.source]
+        return x if self.source is None else x[self.source.to(x.device)]
 
     def spread(self, x: torch.Tensor) -> torch.Tensor: # [passing, ...] -> [n, ...]
         "The same for the whole batch, NaN in rows that are not served."
-        return x.new_full((self.n, *x.shape[1:]), torch.nan).index_copy_(0, self.rows, self.take(x))
+        return x.new_full((self.n, *x.shape[1:]), torch.nan).index_copy_(0, self.rows.to(x.device), self.take(x))
 
 _FLOWS: WeakKeyDictionary = WeakKeyDictionary()  # trunk -> its flow, while one is told
 
 @contextmanager
 def flowing(trunk, flow: Flow):
     "Tell a flow; the caller says whom it serves, anew whenever that changes."
-    _FLOWS[trunk] = flow
+    before, _FLOWS[trunk] = _FLOWS.get(trunk), flow
     try: yield flow
-    finally: _FLOWS.pop(trunk, None)
+    finally: _FLOWS[trunk] = before
 
 def flow_of(trunk) -> Flow | None:
     "The flow that is told, if any."
     return _FLOWS.get(trunk)
 
-# %% ../nbs/01b_activations.ipynb #9f372967
+# %% ../nbs/01b_activations.ipynb #78a7dc36
 class Tracker:
     "Follows a sequence through the calls of a model."
     def __init__(self, start: torch.Tensor | int | None = None, # first response column, per row
@@ -66,14 +72,10 @@ class Tracker:
         return trunk.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, trunk, args, kwargs):
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        seen = ids if ids is not None else kwargs["inputs_embeds"][..., 0]
-        rows, q = seen.shape[:2]
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2: mask = torch.ones(rows, int(past) + q, device=seen.device)
-        first, told = mask.shape[1] - q, flow_of(trunk)
-        if told is not self.flow or not (told or self._continues(seen, first)): self._begin(told, rows, mask.shape[1], seen.device)
+        told = flow_of(trunk)
+        ids, seen, mask = (told.ids, told.ids, told.mask) if told else self._passing(args, kwargs)
+        q, first = seen.shape[1], mask.shape[1] - seen.shape[1]
+        if told is not self.flow or not (told or self._continues(seen, first)): self._begin(told, *mask.shape, seen.device)
         self.rows = told.rows if told else slice(None)  # of the batch
         self.cols = torch.arange(first, first + q, device=seen.device)
         self.real = mask[:, -q:].bool()
@@ -82,13 +84,21 @@ class Tracker:
         self._finish(ids, first + q)
         self.total, self.ids, self.calls = first + q, seen, self.calls + 1
 
+    def _passing(self, args, kwargs) -> tuple: # token ids or None, ids or what stands for them, mask of the whole sequence
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        seen = ids if ids is not None else kwargs["inputs_embeds"][..., 0]
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2: mask = torch.ones(len(seen), int(past) + seen.shape[1], device=seen.device)
+        return ids, seen, mask
+
     def _continues(self, seen, first: int) -> bool:
         if self.ids is None or len(seen) != len(self.ids): return False
         if first > 0: return True
         return seen.shape[1] == self.ids.shape[1] + 1 and torch.equal(seen[:, :-1], self.ids)
 
     def _begin(self, told: Flow | None, rows: int, width: int, device):
-        self.flow, n = told, told.n if told else rows
+        self.flow, self.stop, n = told, self.stop.to(device), told.n if told else rows
         start = told.start if told else width if self.given is None else self.given
         self.first, self.until = (int(x) for x in torch.as_tensor(start).aminmax())  # the first and the last answer begin here
         self.start = torch.as_tensor(start, device=device).expand(n if told else rows)
@@ -100,7 +110,7 @@ class Tracker:
         if end <= self.first: return
         self.alive &= ~self.over[self.rows, None]
         if len(self.stop) and ids is not None:
-            stops = torch.isin(ids, self.stop.to(ids.device)) & self.after(0)
+            stops = torch.isin(ids, self.stop) & self.after(0)
             ended = stops.cumsum(1) > 0
             self.alive &= ~ended
             self.over[self.rows] |= ended[:, -1]
@@ -116,7 +126,7 @@ class Tracker:
         if positions == "prompt": return self.real & ~self.after(0)
         return self.real & self.after(-1)
 
-# %% ../nbs/01b_activations.ipynb #5d5ac227
+# %% ../nbs/01b_activations.ipynb #32ea952b
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def hidden(out):
@@ -170,7 +180,7 @@ class Pool:
             self.counts = torch.zeros(shape[0], 2, device=h.device)
         response = t.after(0)
         said = t.fresh & response & t.alive
-        if self.think_end is not None and t.cols[-1] >= t.first: said = self._after_thoughts(said, response)
+        if self.think_end is not None and t.total > t.first: said = self._after_thoughts(said, response)
         self.weights = torch.stack([t.fresh & ~response, said], 1).float()
         self.counts[t.rows] += t.flow.take(self.weights.sum(-1)) if t.flow else self.weights.sum(-1)
         q = h.shape[1]
@@ -192,7 +202,7 @@ class Pool:
         mean = (self.sums / self.counts[:, :, None, None]).cpu()
         return {"prompt_avg": mean[:, 0], "response_avg": mean[:, 1], "prompt_last": self.last.cpu()}
 
-# %% ../nbs/01b_activations.ipynb #c3e1ecc5
+# %% ../nbs/01b_activations.ipynb #5357d426
 _OPEN: WeakKeyDictionary = WeakKeyDictionary()  # trunk -> the steerings that are open on it
 
 @dataclass
@@ -232,6 +242,11 @@ class Steering:
         _OPEN.setdefault(self.lm.trunk, []).append(self)
         return self
 
+    def check_rows(self, n: int):
+        "Raise `PersonaError` unless there is one coefficient, or one for each row."
+        for t in self.terms: check(t.coefficient.dim() == 0 or len(t.coefficient) == n, f"steering has {t.coefficient.numel()} coefficients "
+                                   f"(one per row) but the batch has {n} rows: give one number, or one per row.")
+
     def passes(self) -> int:
         "Forward passes that were steered, at every layer, since the innermost open context was entered; 0 if a layer was left out."
         _, tracker, fired, layers = self._open[-1]
@@ -249,8 +264,7 @@ class Steering:
             h, flow = hidden(out), tracker.flow; fired.add(layer)
             place = h.device, h.dtype, torch.is_inference_mode_enabled()  # an inference tensor cannot serve in training
             if place not in ready: ready[place] = [Term(layer, t.vector.to(h), t.coefficient.to(h)) for t in terms]
-            for t in terms: check(t.coefficient.dim() == 0 or len(t.coefficient) == len(tracker.over), f"steering has {t.coefficient.numel()} coefficients "
-                                  f"(one per row) but the batch has {len(tracker.over)} rows: give one number, or one per row.")
+            self.check_rows(len(tracker.over))
             new = operate(h, [t.of(flow.lead.to(h.device)) if flow else t for t in ready[place]], tracker.where(self.positions)[..., None])
             return (new, *out[1:]) if isinstance(out, tuple) else new
         return hook
@@ -308,8 +322,13 @@ def steer(lm: LoadedModel,
     for l in layers: lm.check_layer(l)
     return Steering(lm, [Term(l, _row(v, l, lm), torch.as_tensor(c, dtype=torch.float32)) for v, l, c in zip(vectors, layers, coefficients)], positions, mode)
 
-# %% ../nbs/01b_activations.ipynb #c337e13d
+# %% ../nbs/01b_activations.ipynb #de323468
+def is_steered(trunk) -> bool:
+    "Is any steering open?"
+    return bool(_OPEN.get(trunk))
+
 def prompts_differ(trunk, n: int) -> list: # a value per row: rows of one prompt with the same value have the same activations at all but its last token
     "What open steerings do to the prompt of each row; they do nothing to it where they steer the response alone."
+    for s in _OPEN.get(trunk, []): s.check_rows(n)
     steered = [s for s in _OPEN.get(trunk, []) if s.positions != "response"]
     return [tuple(t.coefficient[i].item() if t.coefficient.dim() else None for s in steered for t in s.terms) for i in range(n)]

@@ -28,7 +28,7 @@ __all__ = ['SHAPES', 'take_turns', 'ratios', 'peak_memory', 'matrix_limit', 'mem
            'random_model', 'with_layers', 'texts_like_answers', 'tokens_in', 'same_vectors', 'growth', 'plot_growth',
            'serve', 'latency_server', 'training', 'plot_ratios']
 
-# %% ../nbs/12_benchmark.ipynb #3b85c018
+# %% ../nbs/12_benchmark.ipynb #e2a00fef
 def take_turns(contestants: dict, # name -> function, or (set-up, which is not timed; function of what it made)
                rounds: int = 5) -> pd.DataFrame: # name, round, seconds
     "Time each contestant once a round, after one round that does not count; the order moves on by one each round."
@@ -39,6 +39,7 @@ def take_turns(contestants: dict, # name -> function, or (set-up, which is not t
             made = [ready()] if ready else []
             begin = time.perf_counter(); run(*made)
             if torch.cuda.is_available(): torch.cuda.synchronize()
+            if torch.backends.mps.is_available(): torch.mps.synchronize()
             if r >= 0: rows.append(dict(name=name, round=r, seconds=time.perf_counter() - begin))
     return pd.DataFrame(rows)
 
@@ -48,12 +49,13 @@ def ratios(times: pd.DataFrame, ours: str) -> pd.DataFrame: # name, seconds (med
     over = wide.div(wide[ours], axis=0)
     return pd.DataFrame([dict(name=n, seconds=wide[n].median(), ratio=over[n].median(), low=over[n].min(), high=over[n].max()) for n in dict.fromkeys(times.name)])
 
-# %% ../nbs/12_benchmark.ipynb #af3d6391
+# %% ../nbs/12_benchmark.ipynb #e25bb31b
 def peak_memory(run: Callable, device: torch.device) -> float: # bytes
     "The most that tensors hold at once while something runs, beyond what they held before."
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device); torch.cuda.reset_peak_memory_stats(device); run()
         return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu": return float("nan")  # nobody counts there
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen: run()
     steps = sorted((e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(0, np.cumsum([b for _, b in steps]).max(initial=0))

@@ -30,7 +30,7 @@ def as_list(value, kind=float) -> list:
     try: return [kind(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     except (TypeError, ValueError): raise PersonaError(f"{value!r} is no list of numbers: write it as '1, 2.5'.") from None
 
-# %% ../nbs/00_core.ipynb #5648b6aa
+# %% ../nbs/00_core.ipynb #13cae21a
 @functools.cache
 def settings():
     "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens, mps_memory, journal."
@@ -42,7 +42,7 @@ def settings():
         runs: Path | None = None  # where jobs write; root/runs by default
         device: str = ""  # "" = pick: cuda, mps, cpu
         dtype: str = ""  # "" = pick by device
-        batch_tokens: int = 16384  # padded tokens in one batch of generation or scoring
+        batch_tokens: int = 16384  # padded tokens in one batch of generation or scoring (a CPU passes them in smaller parts)
         mps_memory: float = 0.  # on Apple GPUs, the share of the recommended memory that may be used; 0: torch's own
         journal: str = "WAL"  # of the database of judgements; "DELETE" where several machines share it
     return Settings()

@@ -49,13 +49,14 @@ def project(lm: LoadedModel, prompts: list[str], # rendered chats
     columns = [f"{name}_{k}_layer{l}" for k in MEASURES for name in vectors for l in layers]
     return pd.DataFrame(out.flatten(1).numpy(), columns=columns)
 
-# %% ../nbs/05_project.ipynb #5fe07902
+# %% ../nbs/05_project.ipynb #5ec88abe
 class Trace:
     "Context that projects every token of a batch on one vector at one layer, as it passes; it sees what the next block sees."
     def __init__(self, lm: LoadedModel, layer: int, vector: torch.Tensor): # [hidden]
         lm.check_layer(layer)
         v = fits(vector, lm)
         self.lm, self.block, self.unit, self.parts = lm, lm.blocks[layer - 1], v / v.norm(), []
+        self.at = None  # which columns of which flow came last
     def __enter__(self):
         self.handle = self.block.register_forward_hook(self._take)
         return self
@@ -63,7 +64,11 @@ class Trace:
     def _take(self, block, args, out):
         h, flow = hidden(out), flow_of(self.lm.trunk)
         along = h.detach().float() @ self.unit.to(h.device)
-        self.parts.append(flow.spread(along) if flow else along)
+        if flow is None: self.parts.append(along); return
+        along, at = flow.spread(along), (id(flow), flow.mask.shape[1])
+        if self.at == at: self.parts[-1] = torch.where(along.isnan(), self.parts[-1], along)  # the same columns of other rows
+        else: self.parts.append(along)
+        self.at = at
     def values(self) -> torch.Tensor: # float32 [rows, columns of all calls so far], on the CPU
         "The projections so far, padding included; NaN where a row no longer passed because its answer had ended."
         return torch.cat(self.parts, 1).cpu() if self.parts else torch.zeros(0, 0)

@@ -96,7 +96,7 @@ def as_they_come(open_client, # makes an async context, such as an API client
     finally:
         stop.set(); thread.join(5)
 
-# %% ../nbs/01d2_judge_remote.ipynb #b6573582
+# %% ../nbs/01d2_judge_remote.ipynb #cb7d92e3
 PROBE = Item("probe", "Score how polite this answer to '{question}' is from 0 to 100. Reply with the number only.\n\n{answer}", "How are you?", "Fine, thank you!")
 
 class RemoteJudge(Judge):
@@ -126,7 +126,7 @@ class RemoteJudge(Judge):
         if not isinstance(reply, dict) or not reply.get("choices"): raise ValueError("no choice")  # a page of HTML comes back as text
         try:
             choice = reply["choices"][0]
-            if not self.tokens_only: return written_score(choice["message"]["content"] or "", self.scale)
+            if not self.tokens_only: return written_score(choice["message"].get("content") or "", self.scale)
             tokens = (choice.get("logprobs") or {}).get("content")
             if not tokens: raise ValueError("no log-probabilities")
             probs = {}

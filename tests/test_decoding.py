@@ -4,8 +4,8 @@ import torch
 import transformers as tf
 
 from persona_steer import decoding, generation
-from persona_steer.activations import flow_of, steer
-from persona_steer.core import settings
+from persona_steer.activations import Pool, flow_of, steer
+from persona_steer.core import PersonaError, settings
 from persona_steer.generation import Sampling, generate, length_batches, read
 from persona_steer.models import wrap_model
 from persona_steer.projection import Trace
@@ -48,10 +48,11 @@ def test_a_prompt_is_read_once_and_rows_that_have_ended_do_not_pass(llama, monke
     assert [rows for rows, _ in seen[1:]] == spoken
 
 
-@pytest.mark.parametrize("positions", ["response", "prompt", "all"])
-def test_each_row_keeps_its_steering_and_its_sums(family, positions):
-    """Answers and activations in a batch with shared prompts, ends and steering are those of each row alone."""
+@pytest.mark.parametrize("positions, look", [("response", 1), ("prompt", 1), ("all", 1), ("response", 8)])
+def test_each_row_keeps_its_steering_and_its_sums(family, positions, look, monkeypatch):
+    """Answers and activations in a batch with shared prompts, ends and steering are those of each row alone, however often one looks for ends."""
     stopping(family)
+    monkeypatch.setattr(decoding, "look_every", lambda device: look)
     v, c = torch.randn(32, generator=torch.Generator().manual_seed(1)), torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0])
     together = generate(family, prompts_of(family), Sampling(20, 0), steer(family, v, 2, c, positions), pool=True, progress=False)
     assert len(set(together.tokens)) > 1
@@ -69,8 +70,21 @@ def test_a_context_around_generation_is_told_too(llama):
         inside = generate(llama, prompts_of(llama), Sampling(15, 0), steer(llama, v, 2, c, positions), progress=False)
         with steer(llama, v, 2, c, positions):
             around = generate(llama, prompts_of(llama), Sampling(15, 0), progress=False)
-        assert inside.texts == around.texts
+        assert inside.texts == around.texts != generate(llama, prompts_of(llama), Sampling(15, 0), progress=False).texts
     assert flow_of(llama.trunk) is None
+    with pytest.raises(PersonaError, match="2 coefficients"), steer(llama, v, 2, c[:2], "all"):
+        generate(llama, prompts_of(llama), Sampling(4), progress=False)
+
+
+def test_a_batch_within_a_batch_leaves_the_outer_one_alone(llama):
+    alone, flows = generate(llama, prompts_of(llama), Sampling(6, 0), progress=False), []
+
+    def watch(ids):
+        before = flow_of(llama.trunk)
+        generate(llama, ["Is it?"], Sampling(2), progress=False)
+        flows.append((before, flow_of(llama.trunk)))
+    assert generate(llama, prompts_of(llama), Sampling(6, 0), progress=False, watch=watch).texts == alone.texts
+    assert flows and all(a is b is not None for a, b in flows)
 
 
 def test_the_flow_is_forgotten_after_an_error(llama):
@@ -106,7 +120,9 @@ def test_prompts_are_read_in_passes_of_bounded_size(llama, monkeypatch):
     whole = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
     monkeypatch.setattr(decoding, "CPU_TOKENS", 30)
     seen = passes(llama, monkeypatch)
-    parts = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
+    with Trace(llama, 2, torch.ones(32)) as trace:
+        parts = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
+    assert torch.isfinite(trace.values()[:, :seen[0][1] + 1]).all() and trace.values().shape[1] == seen[0][1] + len(seen) - 3
     assert seen[0][0] == 1 and seen[3] == (5, 1)
     assert parts.texts == whole.texts
     for k in generation.POOLS:
@@ -118,7 +134,7 @@ def test_prompts_are_read_in_passes_of_bounded_size(llama, monkeypatch):
     lambda: tf.MistralConfig(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
                              sliding_window=8, max_position_embeddings=256, eos_token_id=2, pad_token_id=0, bos_token_id=None),
 ], ids=["recurrent", "sliding window"])
-def test_other_caches(config, tokenizer):
+def test_other_caches(config, tokenizer, monkeypatch):
     """Recurrent states are neither shared nor left out; a sliding window is both."""
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config()).eval()
@@ -127,12 +143,18 @@ def test_other_caches(config, tokenizer):
             p.data.normal_(0, 0.15)
     lm = wrap_model(model, tokenizer, "other")
     stopping(lm)
+    monkeypatch.setattr(generation, "text_of", lambda tokenizer, row: row)
     together = generate(lm, prompts_of(lm), Sampling(20, 0), pool=True, progress=False)
-    assert len(set(together.texts)) > 1
-    if not isinstance(model, tf.MambaForCausalLM):  # left padding reaches a recurrent state
-        for i, p in enumerate(prompts_of(lm)):
-            assert generate(lm, [p], Sampling(20, 0), seeds=[i], progress=False).texts[0] == together.texts[i]
+    assert len(set(together.tokens)) > 1
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts_of(lm)]
+    for i, p in enumerate(prompts_of(lm)):
+        alone = generate(lm, [p], Sampling(20, 0), seeds=[i], pool=True, progress=False)
+        if not isinstance(model, tf.MambaForCausalLM):  # left padding reaches a recurrent state
+            assert alone.texts[0] == together.texts[i]
+        with torch.no_grad(), Pool(lm, len(ids[i])) as plain:
+            model(input_ids=torch.tensor([ids[i] + alone.texts[0]]), use_cache=False)
+        for k, want in plain.result().items():
+            torch.testing.assert_close(alone.pooled[k], want, rtol=1e-3, atol=1e-3, equal_nan=True)
     batch = generation.padded(lm.tokenizer, ids, "left", lm.device)
     theirs = model.generate(**batch, max_new_tokens=15, do_sample=False, eos_token_id=2, pad_token_id=2)[:, batch["input_ids"].shape[1]:]
     ours = decoding.decode(lm, batch["input_ids"], batch["attention_mask"], lambda logits, rows, t: logits.argmax(-1), 15, [2])
@@ -160,3 +182,27 @@ def test_equal_prompts_come_into_one_batch(monkeypatch):
     assert length_batches([2] * 4, budget=4) == [[0, 1], [2, 3]]
     monkeypatch.setattr(settings(), "batch_tokens", 700)
     assert decoding.pass_tokens(torch.device("cpu")) == 700 and decoding.pass_tokens(torch.device("cuda")) == 700
+
+
+def test_reading_under_steering_shares_nothing(llama, monkeypatch):
+    """So that which tokens are steered does not depend on which texts are read together."""
+    seen = passes(llama, monkeypatch)
+    with steer(llama, torch.randn(32), 2, 2.0):
+        read(llama, prompts_of(llama)[2:], ["No", "It depends.", "Yes."])
+    assert len(seen) == 1 and seen[0][0] == 3
+
+
+def test_a_wrapper_that_hides_ids_and_mask_from_its_trunk(llama):
+    """As multimodal models do: they hand embeddings and a mask of their own kind to the text model."""
+    stopping(llama)
+    plain = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
+    embed = llama.model.get_input_embeddings()
+
+    def hide(module, args, kwargs):
+        kwargs["inputs_embeds"] = embed(kwargs.pop("input_ids"))
+        return args, kwargs
+    llama.trunk.register_forward_pre_hook(hide, with_kwargs=True)
+    hidden = generate(llama, prompts_of(llama), Sampling(10, 0), pool=True, progress=False)
+    assert hidden.texts == plain.texts
+    for k in generation.POOLS:
+        torch.testing.assert_close(hidden.pooled[k], plain.pooled[k], rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -95,13 +95,13 @@ def same_prompts(keys: list) -> tuple[list[int], list[int]]: # leads; for each r
     number = {i: j for j, i in enumerate(first.values())}
     return list(first.values()), [number[first[k]] for k in keys]
 
-# %% ../nbs/01b1_decode.ipynb #25b4f7ee
+# %% ../nbs/01b1_decode.ipynb #1229e120
 class Decoder:
     "The rows of one batch on their way through a model."
     def __init__(self, lm: LoadedModel, input_ids: torch.Tensor, # [n, width], padded on the left
                  attention_mask: torch.Tensor, steps: int, apart: bool = True): # apart: share prompts and leave rows out, if the model's cache allows it
-        self.lm, self.model, self.width = lm, lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model, input_ids.shape[1]
-        self.steps, self.ids, self.flow, self.fresh = steps, input_ids, Flow(len(input_ids), self.width), True
+        self.lm, self.model = lm, lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model
+        self.steps, self.ids, self.flow, self.fresh = steps, input_ids, Flow(*input_ids.shape), True
         self.rows = torch.arange(len(input_ids), device=input_ids.device)  # those that still speak, in the order in which they pass
         positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
         takes, adapter = inspect.signature(self.model.forward).parameters, getattr(lm.model, "active_peft_config", None)
@@ -114,7 +114,7 @@ class Decoder:
         self.apart = able and apart
 
     def prefill(self):
-        "Read each different prompt once, up to its last token."
+        "Read each different prompt once, up to its last token, some prompts at a time."
         n, w = self.ids.shape
         if not self.apart or w == 1: return self.flow.serve(self.rows)
         leads, source = same_prompts(list(zip(map(tuple, self.ids.tolist()), map(tuple, self.mask.tolist()), prompts_differ(self.lm.trunk, n))))
@@ -154,14 +154,14 @@ class Decoder:
         self.kwargs = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
         self.flow.serve(self.rows)
 
-# %% ../nbs/01b1_decode.ipynb #1a3478ab
+# %% ../nbs/01b1_decode.ipynb #883dc639
 @torch.inference_mode()
 def decode(lm: LoadedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, # [n, width], padded on the left
            choose: Callable, # (logits [rows, vocabulary], rows of the batch [rows], step) -> token ids [rows]
            steps: int, stops: list[int],
            whole: bool = False, # pass the last token too, so that hooks see it
            watch: Callable | None = None # called after every token with all token ids so far, [n, tokens]; True ends the batch. Nothing is shared and no row left out then.
-          ) -> torch.Tensor: # ids [n, steps], on the CPU; what follows a stop token is that token's first kind
+          ) -> torch.Tensor: # ids [n, steps], on the CPU; after a row's stop token, stops[0] fills up
     "Answer a batch."
     d, device = Decoder(lm, input_ids, attention_mask, steps, apart=watch is None), input_ids.device
     said = torch.full((len(input_ids), steps + 1), stops[0], device=device)

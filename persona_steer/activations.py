@@ -16,14 +16,14 @@ from .models import LoadedModel
 
 # %% auto #0
 __all__ = ['POOLS', 'Flow', 'flowing', 'flow_of', 'Tracker', 'hidden', 'Pool', 'Term', 'Steering', 'add', 'ablate', 'fits',
-           'steer', 'is_steered', 'prompts_differ']
+           'steer', 'steers_prompts', 'prompts_differ']
 
-# %% ../nbs/01b_activations.ipynb #a7e68bec
+# %% ../nbs/01b_activations.ipynb #b2c12f76
 @dataclass
 class Flow:
     "The rows of a batch that pass in the next calls."
     n: int  # rows in the whole batch
-    start: int  # first response column, the same for all (they are padded on the left)
+    start: int | torch.Tensor  # first response column: of all (padded on the left), or of each row of the batch
     rows: torch.Tensor | None = None  # [m]: rows of the batch that are served by the next call
     source: torch.Tensor | None = None  # [m]: the passing row that serves each; None: one each, in this order
     lead: torch.Tensor | None = None  # [passing]: a row of the batch that each passing row serves
@@ -59,7 +59,7 @@ def flow_of(trunk) -> Flow | None:
     "The flow that is told, if any."
     return _FLOWS.get(trunk)
 
-# %% ../nbs/01b_activations.ipynb #78a7dc36
+# %% ../nbs/01b_activations.ipynb #c693b2bd
 class Tracker:
     "Follows a sequence through the calls of a model."
     def __init__(self, start: torch.Tensor | int | None = None, # first response column, per row
@@ -76,7 +76,7 @@ class Tracker:
         ids, seen, mask = (told.ids, told.ids, told.mask) if told else self._passing(args, kwargs)
         q, first = seen.shape[1], mask.shape[1] - seen.shape[1]
         if told is not self.flow or not (told or self._continues(seen, first)): self._begin(told, *mask.shape, seen.device)
-        self.rows = told.rows if told else slice(None)  # of the batch
+        self.rows, self.lead = (told.rows, told.lead) if told else (slice(None), slice(None))  # of the batch: those that are served, and one for each that passes
         self.cols = torch.arange(first, first + q, device=seen.device)
         self.real = mask[:, -q:].bool()
         self.fresh = (self.cols >= self.total)[None] & self.real  # columns not seen before (all of them with a cache)
@@ -101,7 +101,7 @@ class Tracker:
         self.flow, self.stop, n = told, self.stop.to(device), told.n if told else rows
         start = told.start if told else width if self.given is None else self.given
         self.first, self.until = (int(x) for x in torch.as_tensor(start).aminmax())  # the first and the last answer begin here
-        self.start = torch.as_tensor(start, device=device).expand(n if told else rows)
+        self.start = torch.as_tensor(start, device=device).expand(n)
         self.total, self.over = 0, torch.zeros(n, dtype=torch.bool, device=device)
 
     def _finish(self, ids, end: int):
@@ -115,10 +115,9 @@ class Tracker:
             self.alive &= ~ended
             self.over[self.rows] |= ended[:, -1]
 
-    def after(self, offset: int) -> torch.Tensor: # bool [rows or 1, columns of this call]
+    def after(self, offset: int) -> torch.Tensor: # bool [rows, columns of this call]
         "Columns from the start of the response, moved by some columns."
-        start = self.start[:1, None] if self.flow else self.start[:, None]
-        return self.cols >= start + offset
+        return self.cols >= self.start[self.lead, None] + offset
 
     def where(self, positions: str) -> torch.Tensor: # bool [rows, columns of this call]
         "Tokens to steer in this call."
@@ -126,7 +125,7 @@ class Tracker:
         if positions == "prompt": return self.real & ~self.after(0)
         return self.real & self.after(-1)
 
-# %% ../nbs/01b_activations.ipynb #32ea952b
+# %% ../nbs/01b_activations.ipynb #b27a1628
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def hidden(out):
@@ -185,8 +184,8 @@ class Pool:
         self.counts[t.rows] += t.flow.take(self.weights.sum(-1)) if t.flow else self.weights.sum(-1)
         q = h.shape[1]
         self.some_end = t.first - 1 < t.total and t.total - q < t.until  # may a prompt end in this call?
-        self.index, self.at = torch.arange(len(h), device=h.device), (t.start[:1] if t.flow else t.start) - 1 - (t.total - q)
-        self.ends = t.fresh.gather(1, self.at.clamp(0, q - 1).expand(len(h))[:, None])[:, 0] & (self.at >= 0) & (self.at < q)
+        self.index, self.at = torch.arange(len(h), device=h.device), t.start[t.lead] - 1 - (t.total - q)
+        self.ends = t.fresh.gather(1, self.at.clamp(0, q - 1)[:, None])[:, 0] & (self.at >= 0) & (self.at < q)
         self.at = self.at.clamp(0, q - 1)
 
     def _after_thoughts(self, said, response):
@@ -322,10 +321,10 @@ def steer(lm: LoadedModel,
     for l in layers: lm.check_layer(l)
     return Steering(lm, [Term(l, _row(v, l, lm), torch.as_tensor(c, dtype=torch.float32)) for v, l, c in zip(vectors, layers, coefficients)], positions, mode)
 
-# %% ../nbs/01b_activations.ipynb #de323468
-def is_steered(trunk) -> bool:
-    "Is any steering open?"
-    return bool(_OPEN.get(trunk))
+# %% ../nbs/01b_activations.ipynb #f7f04ba9
+def steers_prompts(trunk) -> bool:
+    "Does an open steering touch more of a prompt than its last token, or each row in its own way?"
+    return any(s.positions != "response" or any(t.coefficient.dim() for t in s.terms) for s in _OPEN.get(trunk, []))
 
 def prompts_differ(trunk, n: int) -> list: # a value per row: rows of one prompt with the same value have the same activations at all but its last token
     "What open steerings do to the prompt of each row; they do nothing to it where they steer the response alone."

@@ -184,12 +184,20 @@ def test_equal_prompts_come_into_one_batch(monkeypatch):
     assert decoding.pass_tokens(torch.device("cpu")) == 700 and decoding.pass_tokens(torch.device("cuda")) == 700
 
 
-def test_reading_under_steering_shares_nothing(llama, monkeypatch):
-    """So that which tokens are steered does not depend on which texts are read together."""
-    seen = passes(llama, monkeypatch)
-    with steer(llama, torch.randn(32), 2, 2.0):
-        read(llama, prompts_of(llama)[2:], ["No", "It depends.", "Yes."])
-    assert len(seen) == 1 and seen[0][0] == 3
+@pytest.mark.parametrize("positions", ["response", "prompt", "all"])
+def test_reading_under_steering(family, positions, monkeypatch):
+    """Which tokens are steered does not depend on which texts are read together; a prompt that is steered is not shared."""
+    v, prompts, answers = torch.randn(32), prompts_of(family)[1:], ["First, plan.", "No", "It depends.", "Yes."]
+    seen = passes(family, monkeypatch)
+    with steer(family, v, 2, 2.0, positions):
+        together = read(family, prompts, answers)
+        calls = len(seen)
+        alone = [read(family, [p], [a]) for p, a in zip(prompts, answers)]
+    plain = read(family, prompts, answers)
+    assert calls == (3 if positions == "response" else 1)
+    for k in generation.POOLS:
+        torch.testing.assert_close(together[k], torch.cat([x[k] for x in alone]), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(together["prompt_last"], plain["prompt_last"], atol=0.1)
 
 
 def test_a_wrapper_that_hides_ids_and_mask_from_its_trunk(llama):

@@ -150,7 +150,7 @@ def same_vectors(a: dict, b: dict, norm_last: bool = True) -> float: # the least
     va, vb = (x["response_avg"][:n].mean(0) - x["response_avg"][n:].mean(0) for x in (a, b))
     return torch.cosine_similarity(va, vb, dim=-1)[1:-1 if norm_last else None].min().item()
 
-# %% ../nbs/12_benchmark.ipynb #077ecfe6
+# %% ../nbs/12_benchmark.ipynb #0ee5f041
 def growth(lm: LoadedModel, trait: Trait, n: int, sentences: int, rounds: int) -> pd.DataFrame: # by, size, way, seconds, low, high
     "Vectors from texts, in the published way and in ours, at several sizes."
     cases = [("texts", k, lm, k, sentences) for k in (n // 4, n // 2, n)] + [("sentences at most", s, lm, n // 2, s) for s in (1, sentences, 3 * sentences)]
@@ -165,12 +165,14 @@ def growth(lm: LoadedModel, trait: Trait, n: int, sentences: int, rounds: int) -
 def plot_growth(table: pd.DataFrame):
     "A panel for each size; the bars span the rounds."
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
     fig, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
     for ax, (by, part) in zip(axes, table.groupby("by", sort=False)):
         for (way, g), color in zip(part.groupby("way"), ("#2166ac", "#b2182b")):
             ax.errorbar(g["size"], g.seconds, [g.seconds - g.low, g.high - g.seconds], fmt="o-", color=color, label=way, capsize=3, ms=4)
         ax.set(xlabel=by, xscale="log", yscale="log"); ax.grid(alpha=.25)
         ax.set_xticks(part["size"].unique(), part["size"].unique()); ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes[0].set_ylabel("seconds"); axes[0].legend(frameon=False, fontsize=8)
     return fig
 

@@ -63,13 +63,14 @@ def index_row(notebook: Path, page: Path, detail: str = "") -> dict:
     return {**run, "page": page.name, "notebook": notebook, "detail": detail, "first": first, "other": other, "kept": kept and kept.name,
             **as_cells(first), "results": [(k, headline(v)) for k, v in other.items()]}
 
-# %% ../nbs/10d_site.ipynb #2411e162
+# %% ../nbs/10d_site.ipynb #535acfb8
 CSS_INDEX = """
 :root { --measure:78rem; } .lede p { max-width:46rem; } main > table { width:100%; margin-inline:auto; } .results { min-width:15rem; }
 th.job { padding-top:1.8rem; font:600 1.05rem/1.3 var(--ui); border-bottom:2px solid var(--soft); } thead th { border-bottom-width:1px; }
 .title { font-weight:600; font-size:.975rem; } td p { margin:.15rem 0 0; color:var(--soft); max-width:34rem; } td .why { color:var(--bad); overflow-wrap:anywhere; }
 td dl, td dd { margin:0; } td dl div { display:flex; gap:.5rem; justify-content:space-between; } td dt { color:var(--soft); } td dd { text-align:right; }
 td.fact { max-width:12rem; } td:has(> .title) { min-width:14rem; } td.num { white-space:normal; } .ci { white-space:nowrap; color:var(--soft); } td.run, td.results dd { white-space:nowrap; }
+@media (60rem < width < 84rem) { th, td { padding-inline:.35rem; } .results, td.run, td.results dd { white-space:normal; min-width:0; } .results { min-width:12rem; } td:has(> .title) { min-width:10rem; } }
 @media (max-width:60rem) {
   table, tbody, tr, th.job, td { display:block; width:100%; } thead { position:absolute; left:-99rem; }
   table:has(thead button) { display:flex; flex-direction:column; } thead:has(button) { position:static; } thead tr { display:flex; flex-wrap:wrap; gap:0 1rem; } thead:has(button) th { border:0; padding:.1rem 0; }

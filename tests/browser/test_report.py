@@ -95,7 +95,7 @@ def test_every_link_leads_somewhere(site):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1200, 1000, 390])
 def test_axe_finds_nothing_serious_and_nothing_runs_off_the_screen(page, site, scheme, width):
     import axe_playwright_python
     axe = next(Path(axe_playwright_python.__file__).parent.rglob("axe.min.js")).read_text(encoding="utf-8")

@@ -18,8 +18,8 @@ from .models import LoadedModel
 __all__ = ['POOLS', 'Flow', 'flowing', 'flow_of', 'Tracker', 'hidden', 'Pool', 'Term', 'Steering', 'add', 'ablate', 'fits',
            'steer', 'steers_prompts', 'prompts_differ']
 
-# %% ../nbs/01b_activations.ipynb #b2c12f76
-@dataclass
+# %% ../nbs/01b_activations.ipynb #df31dfca
+@dataclass(eq=False)
 class Flow:
     "The rows of a batch that pass in the next calls."
     n: int  # rows in the whole batch
@@ -59,7 +59,7 @@ def flow_of(trunk) -> Flow | None:
     "The flow that is told, if any."
     return _FLOWS.get(trunk)
 
-# %% ../nbs/01b_activations.ipynb #c693b2bd
+# %% ../nbs/01b_activations.ipynb #143ebbad
 class Tracker:
     "Follows a sequence through the calls of a model."
     def __init__(self, start: torch.Tensor | int | None = None, # first response column, per row
@@ -79,8 +79,7 @@ class Tracker:
         self.rows, self.lead = (told.rows, told.lead) if told else (slice(None), slice(None))  # of the batch: those that are served, and one for each that passes
         self.cols = torch.arange(first, first + q, device=seen.device)
         self.real = mask[:, -q:].bool()
-        self.fresh = (self.cols >= self.total)[None] & self.real  # columns not seen before (all of them with a cache)
-        if told: self.fresh = self.real
+        self.fresh = self.real if told else (self.cols >= self.total)[None] & self.real  # columns not seen before (all of them with a cache)
         self._finish(ids, first + q)
         self.total, self.ids, self.calls = first + q, seen, self.calls + 1
 
@@ -125,7 +124,7 @@ class Tracker:
         if positions == "prompt": return self.real & ~self.after(0)
         return self.real & self.after(-1)
 
-# %% ../nbs/01b_activations.ipynb #b27a1628
+# %% ../nbs/01b_activations.ipynb #040e652d
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def hidden(out):
@@ -182,8 +181,12 @@ class Pool:
         if self.think_end is not None and t.total > t.first: said = self._after_thoughts(said, response)
         self.weights = torch.stack([t.fresh & ~response, said], 1).float()
         self.counts[t.rows] += t.flow.take(self.weights.sum(-1)) if t.flow else self.weights.sum(-1)
-        q = h.shape[1]
-        self.some_end = t.first - 1 < t.total and t.total - q < t.until  # may a prompt end in this call?
+        self.some_end = t.first - 1 < t.total and t.total - h.shape[1] < t.until  # may a prompt end in this call?
+        if self.some_end: self._find_ends(h)
+
+    def _find_ends(self, h):
+        "Which rows' prompts end in this call, and at which of its columns."
+        t, q = self.tracker, h.shape[1]
         self.index, self.at = torch.arange(len(h), device=h.device), t.start[t.lead] - 1 - (t.total - q)
         self.ends = t.fresh.gather(1, self.at.clamp(0, q - 1)[:, None])[:, 0] & (self.at >= 0) & (self.at < q)
         self.at = self.at.clamp(0, q - 1)

@@ -17,7 +17,7 @@ from .models import LoadedModel, text_config
 
 # %% auto #0
 __all__ = ['CPU_TOKENS', 'RoomyLayer', 'plain_cache', 'roomy_cache', 'rows_are_apart', 'join', 'drop', 'pass_tokens',
-           'look_every', 'same_prompts', 'Decoder', 'decode']
+           'look_every', 'same_prompts', 'positions_of', 'Decoder', 'decode']
 
 # %% ../nbs/01b1_decode.ipynb #f97824f4
 class RoomyLayer(DynamicLayer):
@@ -95,7 +95,13 @@ def same_prompts(keys: list) -> tuple[list[int], list[int]]: # leads; for each r
     number = {i: j for j, i in enumerate(first.values())}
     return list(first.values()), [number[first[k]] for k in keys]
 
-# %% ../nbs/01b1_decode.ipynb #1229e120
+# %% ../nbs/01b1_decode.ipynb #d70ec57f
+def positions_of(model, mask: torch.Tensor) -> dict: # position_ids, for a model that takes them
+    "Positions of tokens that may be padded on the left, as an argument of the model's."
+    if "position_ids" not in inspect.signature(model.forward).parameters: return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)}
+
+# %% ../nbs/01b1_decode.ipynb #2e756932
 class Decoder:
     "The rows of one batch on their way through a model."
     def __init__(self, lm: LoadedModel, input_ids: torch.Tensor, # [n, width], padded on the left
@@ -103,12 +109,11 @@ class Decoder:
         self.lm, self.model = lm, lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model
         self.steps, self.ids, self.flow, self.fresh = steps, input_ids, Flow(*input_ids.shape), True
         self.rows = torch.arange(len(input_ids), device=input_ids.device)  # those that still speak, in the order in which they pass
-        positions = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
         takes, adapter = inspect.signature(self.model.forward).parameters, getattr(lm.model, "active_peft_config", None)
         check(not adapter or not adapter.is_prompt_learning, f"{lm.name} has an adapter that stands before the prompt, not in the weights: such adapters cannot be used here.")
         self.kwargs, self.mask = dict(use_cache=True), attention_mask
         if not attention_mask.all(): self.kwargs["attention_mask"] = attention_mask  # without padding no model needs it
-        if "position_ids" in takes: self.kwargs["position_ids"] = positions
+        self.kwargs |= positions_of(self.model, attention_mask)
         if "logits_to_keep" in takes: self.kwargs["logits_to_keep"] = 1
         if able := rows_are_apart(plain_cache(lm)): self.kwargs["past_key_values"] = roomy_cache(lm)  # other models make their own
         self.apart = able and apart

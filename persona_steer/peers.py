@@ -32,7 +32,7 @@ def one_by_one(lm: LoadedModel, prompts: list[str], answers: list[str]) -> dict:
             out[k].append(torch.stack([h[0, part].mean(0).detach().float().cpu() for h in states]))
     return {k: torch.stack(v) for k, v in out.items()}
 
-# %% ../nbs/11a_peers.ipynb #8f988347
+# %% ../nbs/11a_peers.ipynb #c8d6dedc
 LIBRARIES = {"nnsight": "nnsight", "steering-vectors": "steering_vectors", "repeng": "repeng"}
 
 def installed() -> list[str]:
@@ -68,11 +68,14 @@ def with_nnsight(lm: LoadedModel, prompts: list[str], answers: list[str], batch_
         out[rows] = torch.cat(means, 1).cpu()
     return {"response_avg": out}
 
+def _pairs(prompts: list[str], answers: list[str]) -> list[tuple[str, str]]: # a positive and a negative text each
+    texts, half = [p + a for p, a in zip(prompts, answers)], len(prompts) // 2
+    return list(zip(texts[:half], texts[half:]))
+
 def with_steering_vectors(lm: LoadedModel, prompts: list[str], answers: list[str], batch_size: int = 1) -> dict: # layer (0: the first block) -> [hidden]
     "steering-vectors: mean of the differences of pairs, of the last token alone, at its own batch size (larger ones are no faster on a CPU)."
     from steering_vectors import SteeringVectorTrainingSample, mean_aggregator, train_steering_vector
-    texts, half = [p + a for p, a in zip(prompts, answers)], len(prompts) // 2
-    pairs = [SteeringVectorTrainingSample(positive_str=p, negative_str=n) for p, n in zip(texts[:half], texts[half:])]
+    pairs = [SteeringVectorTrainingSample(positive_str=p, negative_str=n) for p, n in _pairs(prompts, answers)]
     return train_steering_vector(lm.model, lm.tokenizer, pairs, read_token_index=-1, aggregator=mean_aggregator(), batch_size=batch_size).layer_activations
 
 def with_repeng(lm: LoadedModel, prompts: list[str], answers: list[str], batch_size: int = 32) -> dict: # layer (0: the first block) -> [hidden], of length 1
@@ -81,8 +84,7 @@ def with_repeng(lm: LoadedModel, prompts: list[str], answers: list[str], batch_s
     import numpy as np
     if not hasattr(np, "float_"): np.float_ = np.float64  # repeng 0.4 names a type that numpy 2 no longer has
     from repeng import ControlVector, DatasetEntry
-    texts, half = [p + a for p, a in zip(prompts, answers)], len(prompts) // 2
-    pairs = [DatasetEntry(positive=p, negative=n) for p, n in zip(texts[:half], texts[half:])]
+    pairs = [DatasetEntry(positive=p, negative=n) for p, n in _pairs(prompts, answers)]
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars that cannot be switched off
         return ControlVector.train(lm.model, lm.tokenizer, pairs, batch_size=batch_size, method="pca_center").directions
 

@@ -49,7 +49,7 @@ def project(lm: LoadedModel, prompts: list[str], # rendered chats
     columns = [f"{name}_{k}_layer{l}" for k in MEASURES for name in vectors for l in layers]
     return pd.DataFrame(out.flatten(1).numpy(), columns=columns)
 
-# %% ../nbs/05_project.ipynb #5ec88abe
+# %% ../nbs/05_project.ipynb #05f7bf9b
 class Trace:
     "Context that projects every token of a batch on one vector at one layer, as it passes; it sees what the next block sees."
     def __init__(self, lm: LoadedModel, layer: int, vector: torch.Tensor): # [hidden]
@@ -65,7 +65,7 @@ class Trace:
         h, flow = hidden(out), flow_of(self.lm.trunk)
         along = h.detach().float() @ self.unit.to(h.device)
         if flow is None: self.parts.append(along); return
-        along, at = flow.spread(along), (id(flow), flow.mask.shape[1])
+        along, at = flow.spread(along), (flow, flow.mask.shape[1])
         if self.at == at: self.parts[-1] = torch.where(along.isnan(), self.parts[-1], along)  # the same columns of other rows
         else: self.parts.append(along)
         self.at = at

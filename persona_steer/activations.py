@@ -59,7 +59,7 @@ def flow_of(trunk) -> Flow | None:
     "The flow that is told, if any."
     return _FLOWS.get(trunk)
 
-# %% ../nbs/01b_activations.ipynb #143ebbad
+# %% ../nbs/01b_activations.ipynb #2bd3c1fb
 class Tracker:
     "Follows a sequence through the calls of a model."
     def __init__(self, start: torch.Tensor | int | None = None, # first response column, per row
@@ -105,14 +105,11 @@ class Tracker:
 
     def _finish(self, ids, end: int):
         "Mark the rows that have read a stop token; such a token and what follows is no part of the response."
-        self.alive = torch.ones_like(self.real)
-        if end <= self.first: return
-        self.alive &= ~self.over[self.rows, None]
-        if len(self.stop) and ids is not None:
-            stops = torch.isin(ids, self.stop) & self.after(0)
-            ended = stops.cumsum(1) > 0
-            self.alive &= ~ended
-            self.over[self.rows] |= ended[:, -1]
+        self.alive = True
+        if end <= self.first or ids is None or not len(self.stop): return
+        ended = (torch.isin(ids, self.stop) & self.after(0)).cumsum(1) > 0
+        self.alive = ~(ended | self.over[self.rows, None])  # bool [passing, columns of this call]
+        self.over[self.rows] |= ended[:, -1]
 
     def after(self, offset: int) -> torch.Tensor: # bool [rows, columns of this call]
         "Columns from the start of the response, moved by some columns."

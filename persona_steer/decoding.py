@@ -77,8 +77,8 @@ def drop(cache: DynamicCache, to: torch.Tensor, came_from: torch.Tensor, n: int)
             if len(to): states[to.to(states.device)] = states[came_from.to(states.device)]
             setattr(layer, name, states[:n])
 
-# %% ../nbs/01b1_decode.ipynb #de6fea34
-CPU_TOKENS = 1536  # tokens of one pass on a CPU
+# %% ../nbs/01b1_decode.ipynb #360a530c
+CPU_TOKENS = 1024  # tokens of one pass on a CPU
 
 def pass_tokens(device: torch.device) -> int:
     "Padded tokens that pass the model at once."

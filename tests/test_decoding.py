@@ -1,4 +1,8 @@
 """The decoding loop: shared prompts, rows that are left out, and what hooks are told of both."""
+import itertools
+import math
+import random
+
 import pytest
 import torch
 import transformers as tf
@@ -6,7 +10,7 @@ import transformers as tf
 from persona_steer import decoding, generation
 from persona_steer.activations import Pool, flow_of, steer
 from persona_steer.core import PersonaError, settings
-from persona_steer.generation import Sampling, generate, length_batches, read
+from persona_steer.generation import Sampling, generate, length_batches, read, reading_batches
 from persona_steer.models import wrap_model
 from persona_steer.projection import Trace
 
@@ -174,6 +178,36 @@ def test_reading_shares_prompts_and_gives_the_same(family, monkeypatch):
     for k in generation.POOLS:
         torch.testing.assert_close(shared[k], whole[k], rtol=1e-3, atol=1e-3, equal_nan=True)
     assert torch.isnan(shared["response_avg"][2]).all() and torch.isfinite(shared["response_avg"][3]).all()
+
+
+def test_what_comes_next_is_the_same_with_shared_beginnings(family, monkeypatch):
+    ids = [family.tokenizer(p + a, add_special_tokens=False).input_ids for p in prompts_of(family) for a in ("First, plan baking bread.", "No", "Yes. It takes some time.")]
+    begin = [len(x) - 1 if i % 5 == 0 else min(12, len(x) - 1) for i, x in enumerate(ids)]
+    with torch.no_grad():
+        want = [family.model(input_ids=torch.tensor([x])).logits[0, -1].float() for x in ids]
+    seen, got = passes(family, monkeypatch), {}
+    for index, logits in generation.next_logits(family, list(zip(ids, begin))):
+        got |= dict(zip(index, logits))
+    assert sorted(got) == list(range(len(ids))) and sum(a * b for a, b in seen) < sum(map(len, ids))
+    for i, w in enumerate(want):
+        torch.testing.assert_close(got[i], w, rtol=1e-3, atol=1e-3)
+
+
+def test_reading_batches_have_the_least_padding():
+    rng = random.Random(0)
+    for n, budget, extra in ((1, 5, 0), (7, 60, 0), (8, 90, 3), (9, 40, 10)):
+        lengths = [rng.randint(1, 30) for _ in range(n)]
+        got = reading_batches(lengths, budget, extra)
+        order = sorted(lengths, reverse=True)
+
+        def cost(cuts):
+            parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, n])]
+            return sum(len(p) * (p[0] + extra) + budget / 24 if len(p) == 1 or len(p) * (p[0] + extra) <= budget else math.inf for p in parts)
+
+        best = min(cost(cuts) for k in range(n) for cuts in itertools.combinations(range(1, n), k))
+        assert sorted(sum(got, [])) == list(range(n)) and [lengths[i] for b in got for i in b] == order
+        assert cost(list(itertools.accumulate(map(len, got)))[:-1]) == pytest.approx(best)
+    assert reading_batches([], 10) == []
 
 
 def test_equal_prompts_come_into_one_batch(monkeypatch):

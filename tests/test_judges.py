@@ -9,7 +9,7 @@ import transformers as tf
 from conftest import make
 from persona_steer.core import PersonaError
 from persona_steer.judges import agreement, load_judge
-from persona_steer.judging import Item, Judge, Ledger, fill_prompt, judged
+from persona_steer.judging import Item, Judge, Ledger, fill_prompt, items_of, judged
 from persona_steer.local_judges import CausalJudge, ClassifierJudge, PocketJudge, answer_paths, expected_score, scores_from_words
 from persona_steer.traits import load_trait
 
@@ -50,6 +50,24 @@ def test_expected_score_sums_over_the_paths_of_numbers_that_are_several_tokens()
         total, want = by_hand(lm, p)
         assert (math.isnan(score) and total < 0.25) or score == pytest.approx(want, abs=0.05)
     assert len(answer_paths(lm.tokenizer)[1]) == 11  # "", 1 to 9, 10
+
+
+def test_a_causal_judge_reads_what_prompts_share_once(monkeypatch):
+    answers = ["I hope they fail.", "It takes some time, so start early and keep short notes.", "Fine."] * 3
+    digits = make("llama", digit_tokenizer())
+    digits.model.lm_head.register_forward_hook(lambda m, a, out: out / 10 + 6 * ((torch.arange(out.shape[-1]) > 0) & (torch.arange(out.shape[-1]) < 11)))  # likes digits
+    few = [Item("x", "score the answer to the question: {question} the answer is: {answer} the score: ", "is it?", a.lower().replace(",", "")) for a in answers]
+    for judge, items in ((load_judge("pocket-causal"), items_of(load_trait("evil"), ["How should I start?"] * 9, answers)), (CausalJudge(digits), few)):
+        read = []
+        handle = judge.lm.trunk.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True)
+        shared = [x for _, x, _ in sorted(judge.judge(items))]
+        tokens = sum(read)
+        read.clear()
+        with monkeypatch.context() as m:
+            m.setattr(CausalJudge, "texts", lambda self, *a, texts=CausalJudge.texts: [(ids, 0) for ids, _ in texts(self, *a)])
+            whole = [x for _, x, _ in sorted(judge.judge(items))]
+        handle.remove()
+        assert shared == pytest.approx(whole, abs=1e-2, nan_ok=True) and not all(map(math.isnan, whole)) and tokens < 0.7 * sum(read)
 
 
 def test_a_judge_that_has_no_number_in_mind_gives_no_score():

@@ -121,7 +121,7 @@ class Tracker:
         if positions == "prompt": return self.real & ~self.after(0)
         return self.real & self.after(-1)
 
-# %% ../nbs/01b_activations.ipynb #040e652d
+# %% ../nbs/01b_activations.ipynb #fd4fee1b
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def hidden(out):
@@ -196,10 +196,15 @@ class Pool:
         self.counts[rows, 1] = self.counts[rows, 1].masked_fill(over, 0)
         return said & (ends.flip(1).cumsum(1).flip(1) == 0)  # no end of a thought here or to the right
 
-    def result(self) -> dict: # name -> float32 [rows, layers + 1, hidden]; NaN where there was nothing to average
+    def result(self, before: "Pool | None" = None, of: torch.Tensor | None = None # an earlier pass over beginnings, and the row there of each row here
+              ) -> dict: # name -> float32 [rows, layers + 1, hidden]; NaN where there was nothing to average
         "The three pooled activations, on the CPU."
-        mean = (self.sums / self.counts[:, :, None, None]).cpu()
-        return {"prompt_avg": mean[:, 0], "response_avg": mean[:, 1], "prompt_last": self.last.cpu()}
+        sums, counts, last = (x if before is None else x + b[of.to(x.device)] for x, b in zip(self._held(), before._held() if before else [None] * 3))
+        mean = (sums / counts[:, :, None, None]).cpu()
+        return {"prompt_avg": mean[:, 0], "response_avg": mean[:, 1], "prompt_last": last.cpu()}
+
+    def _held(self) -> tuple: # what adds up from pass to pass: the end of a prompt lies in one of them, and is 0 in the others
+        return self.sums, self.counts, self.last
 
 # %% ../nbs/01b_activations.ipynb #5357d426
 _OPEN: WeakKeyDictionary = WeakKeyDictionary()  # trunk -> the steerings that are open on it

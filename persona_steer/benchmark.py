@@ -132,12 +132,16 @@ def with_layers(lm: LoadedModel, n: int) -> LoadedModel:
     with torch.device(lm.device): model = type(lm.model)(config).to(lm.model.dtype).eval()
     return wrap_model(model, lm.tokenizer, f"{n} layers")
 
-# %% ../nbs/12_benchmark.ipynb #759f12ad
+# %% ../nbs/12_benchmark.ipynb #c04166ea
 def texts_like_answers(lm: LoadedModel, trait: Trait, n: int, each: int = 1, # answers to each prompt
-                       sentences: int = 7, seed: int = 0) -> tuple[list[str], list[str]]: # prompts, answers
+                       sentences: int = 7, seed: int = 0,
+                       common: bool = False # do prompts share their instructions, as in extraction? If not, each differs from its first word.
+                      ) -> tuple[list[str], list[str]]: # prompts, answers
     "Prompts as extraction asks them, the first half positive, and answers of one to so many sentences."
-    rng, q = np.random.default_rng(seed), trait.extract_questions
-    prompts = [lm.prompt(q[(i // each) % len(q)] + f" ({i // each})", system_prompt(trait, "pos" if i < n / 2 else "neg", i // each % 5)) for i in range(n)]
+    rng, q, prompts = np.random.default_rng(seed), trait.extract_questions, []
+    for i in range(n):
+        system, number = system_prompt(trait, "pos" if i < n / 2 else "neg", i // each % 5), f"({i // each}) "
+        prompts.append(lm.prompt((number if common else "") + q[(i // each) % len(q)], system if common else number + system))
     return prompts, [" ".join(rng.choice(q, rng.integers(1, sentences + 1))) for _ in range(n)]
 
 def tokens_in(lm: LoadedModel, prompts: list[str], answers: list[str]) -> list[int]:

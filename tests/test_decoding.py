@@ -180,6 +180,38 @@ def test_reading_shares_prompts_and_gives_the_same(family, monkeypatch):
     assert torch.isnan(shared["response_avg"][2]).all() and torch.isfinite(shared["response_avg"][3]).all()
 
 
+BEGIN = "Keep short notes. The process takes some time. "
+PROMPTS = [BEGIN + "First, plan baking bread.", BEGIN + "My friend is bad.", BEGIN, BEGIN + "My friend is bad.", "Is it losing?", BEGIN + "My friend is bad. So", BEGIN + "Yes", "No"]
+ANSWERS = [" Yes.", " No, it takes some time.", " So it is.", "", " It depends.", " Time", "", " No"]
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_beginnings_of_prompts_are_shared_and_nothing_else_changes(family, steered, monkeypatch):
+    """Pools and steering find the end of each prompt, whether it lies in what is shared or behind it."""
+    v, seen = torch.randn(32), passes(family, monkeypatch)
+    with steer(family, v, 2, 2.0 if steered else 0.0):
+        shared = read(family, PROMPTS, ANSWERS)
+        rows = [a for a, _ in seen]
+        assert sum(rows) > len(PROMPTS), "nothing was shared"
+        monkeypatch.setattr(generation, "rows_are_apart", lambda cache: False)
+        whole = read(family, PROMPTS, ANSWERS)
+    for k in generation.POOLS:
+        torch.testing.assert_close(shared[k], whole[k], rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert torch.isnan(whole["response_avg"][3]).all() and torch.isfinite(whole["prompt_avg"]).all()
+
+
+def test_what_is_shared_saves_the_most_and_never_steers_too_early():
+    share = lambda *prompts: generation._beginnings(list(prompts), sorted(range(len(prompts)), key=prompts.__getitem__))
+    assert share([1, 2, 3], [1, 2, 4]) == (2, [([1, 2], [0, 1])])
+    assert share([1, 2, 3], [1, 2, 3]) == (3, [([1, 2, 3], [0, 1])])  # the whole prompt of both
+    assert share([1, 2, 3], [1, 2]) == (1, [([1], [1, 0])])  # not the whole prompt of one of them
+    assert share([1, 5, 5], [1, 5, 5], [1, 6, 6], [1, 6, 6]) == (6, [([1, 5, 5], [0, 1]), ([1, 6, 6], [2, 3])])  # against 3
+    assert share([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6]) == (6, [([1, 2, 3], [0, 1, 2])])
+    assert share([1], [2])[0] == share([], [])[0] == 0
+    chain = [list(range(n)) for n in range(1, 1200)]
+    assert generation._beginnings(chain, list(range(len(chain))))[0] > 0  # does not run out of stack
+
+
 def test_what_comes_next_is_the_same_with_shared_beginnings(family, monkeypatch):
     ids = [family.tokenizer(p + a, add_special_tokens=False).input_ids for p in prompts_of(family) for a in ("First, plan baking bread.", "No", "Yes. It takes some time.")]
     begin = [len(x) - 1 if i % 5 == 0 else min(12, len(x) - 1) for i, x in enumerate(ids)]

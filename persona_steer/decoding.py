@@ -16,10 +16,10 @@ from .core import check, settings
 from .models import LoadedModel, text_config
 
 # %% auto #0
-__all__ = ['CPU_TOKENS', 'RoomyLayer', 'plain_cache', 'roomy_cache', 'rows_are_apart', 'join', 'drop', 'pass_tokens',
+__all__ = ['CPU_TOKENS', 'RoomyLayer', 'causal_lm', 'plain_cache', 'roomy_cache', 'rows_are_apart', 'join', 'drop', 'pass_tokens',
            'look_every', 'same_prompts', 'positions_of', 'Decoder', 'decode']
 
-# %% ../nbs/01b1_decode.ipynb #f97824f4
+# %% ../nbs/01b1_decode.ipynb #53d2b5b0
 class RoomyLayer(DynamicLayer):
     "A layer of the key-value cache that makes room ahead, so that a new token does not copy all earlier ones."
     def update(self, key_states, value_states, *args, **kwargs):
@@ -39,9 +39,14 @@ class RoomyLayer(DynamicLayer):
         setattr(self, f"_{name}_room", room)
         return room
 
+def causal_lm(lm: LoadedModel):
+    "The model without the wrapper of an adapter, which stays in its layers."
+    return lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model
+
 def plain_cache(lm: LoadedModel) -> DynamicCache | None:
-    "The cache that `generate` would make; None where a model has a cache of its own kind."
-    return DynamicCache(config=text_config(lm.model)) if lm.model._supports_default_dynamic_cache() else None
+    "The cache that `generate` would make; None where a model has a cache of its own kind, or states that lie in its modules."
+    model = causal_lm(lm)
+    return DynamicCache(config=text_config(model)) if model._supports_default_dynamic_cache() and not model._is_stateful else None
 
 def roomy_cache(lm: LoadedModel) -> DynamicCache:
     "The same, its plain layers with room ahead."
@@ -101,12 +106,12 @@ def positions_of(model, mask: torch.Tensor) -> dict: # position_ids, for a model
     if "position_ids" not in inspect.signature(model.forward).parameters: return {}
     return {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)}
 
-# %% ../nbs/01b1_decode.ipynb #2e756932
+# %% ../nbs/01b1_decode.ipynb #09505589
 class Decoder:
     "The rows of one batch on their way through a model."
     def __init__(self, lm: LoadedModel, input_ids: torch.Tensor, # [n, width], padded on the left
                  attention_mask: torch.Tensor, steps: int, apart: bool = True): # apart: share prompts and leave rows out, if the model's cache allows it
-        self.lm, self.model = lm, lm.model.get_base_model() if hasattr(lm.model, "get_base_model") else lm.model
+        self.lm, self.model = lm, causal_lm(lm)
         self.steps, self.ids, self.flow, self.fresh = steps, input_ids, Flow(*input_ids.shape), True
         self.rows = torch.arange(len(input_ids), device=input_ids.device)  # those that still speak, in the order in which they pass
         takes, adapter = inspect.signature(self.model.forward).parameters, getattr(lm.model, "active_peft_config", None)

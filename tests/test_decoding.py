@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
+from conftest import GQA
 from persona_steer import decoding, generation
 from persona_steer.activations import Pool, flow_of, steer
 from persona_steer.core import PersonaError, settings
@@ -23,7 +24,7 @@ def prompts_of(lm): return [lm.prompt(q) for q in QUESTIONS]
 def passes(lm, monkeypatch):
     """(rows, columns) of each call of the model."""
     seen = []
-    lm.trunk.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    lm.trunk.register_forward_pre_hook(lambda m, a, k: seen.append(tuple((k["input_ids"] if "input_ids" in k else a[0]).shape)), with_kwargs=True)
     return seen
 
 
@@ -200,16 +201,50 @@ def test_beginnings_of_prompts_are_shared_and_nothing_else_changes(family, steer
     assert torch.isnan(whole["response_avg"][3]).all() and torch.isfinite(whole["prompt_avg"]).all()
 
 
+@pytest.mark.parametrize("config", [
+    lambda: tf.RecurrentGemmaConfig(**GQA, lru_width=32, logits_soft_cap=5.0, attention_window_size=32),  # states in its modules, a soft cap of its own
+    lambda: tf.FalconH1Config(**GQA, lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8),  # both kinds of states, a scale of its own
+], ids=["recurrent gemma", "falcon h1"])
+def test_states_of_other_kinds_are_not_shared_and_heads_are_the_models_own(config, tokenizer):
+    torch.manual_seed(0)
+    lm = wrap_model(tf.AutoModelForCausalLM.from_config(config()).eval(), tokenizer, "other")
+    together = read(lm, PROMPTS, ANSWERS)
+    alone = [read(lm, [p], [a]) for p, a in zip(PROMPTS, ANSWERS)]
+    for k in generation.POOLS:
+        torch.testing.assert_close(together[k], torch.cat([x[k] for x in alone]), rtol=1e-3, atol=1e-3, equal_nan=True)
+    ids = [tokenizer(p, add_special_tokens=False).input_ids for p in PROMPTS]
+    with torch.no_grad():
+        want = [lm.model(input_ids=torch.tensor([x]), use_cache=False).logits[0].float() for x in ids]
+    for index, logits in generation.next_logits(lm, [(x, len(x) - 1) for x in ids]):
+        for i, row in zip(index, logits):
+            torch.testing.assert_close(row, want[i][-1], rtol=1e-3, atol=1e-3)
+    for x, w, got in zip(ids, want, generation.answer_logprobs(lm, [(x, 1) for x in ids])):
+        torch.testing.assert_close(got, w[:-1].log_softmax(-1).gather(-1, torch.tensor(x[1:])[:, None])[:, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "all"])
+def test_what_comes_next_under_steering(llama, positions):
+    ids = [llama.tokenizer(p, add_special_tokens=False).input_ids for p in PROMPTS]
+    with steer(llama, 3 * torch.randn(32), 2, 1.0, positions), torch.no_grad():
+        want = [llama.model(input_ids=torch.tensor([x])).logits[0, -1] for x in ids]
+        for index, logits in generation.next_logits(llama, [(x, len(x) - 1 if i % 2 else 0) for i, x in enumerate(ids)]):
+            for i, row in zip(index, logits):
+                torch.testing.assert_close(row, want[i], rtol=1e-3, atol=1e-3)
+
+
 def test_what_is_shared_saves_the_most_and_never_steers_too_early():
-    share = lambda *prompts: generation._beginnings(list(prompts), sorted(range(len(prompts)), key=prompts.__getitem__))
+    def share(*prompts, more=0):
+        return generation._beginnings(list(prompts), [len(p) + more for p in prompts], sorted(range(len(prompts)), key=prompts.__getitem__))
     assert share([1, 2, 3], [1, 2, 4]) == (2, [([1, 2], [0, 1])])
     assert share([1, 2, 3], [1, 2, 3]) == (3, [([1, 2, 3], [0, 1])])  # the whole prompt of both
     assert share([1, 2, 3], [1, 2]) == (1, [([1], [1, 0])])  # not the whole prompt of one of them
     assert share([1, 5, 5], [1, 5, 5], [1, 6, 6], [1, 6, 6]) == (6, [([1, 5, 5], [0, 1]), ([1, 6, 6], [2, 3])])  # against 3
     assert share([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6]) == (6, [([1, 2, 3], [0, 1, 2])])
-    assert share([1], [2])[0] == share([], [])[0] == 0
+    assert share([1], [2]) == share([], []) == share([1, 2, 3], [1, 2, 4], more=10) == (0, [])  # not worth it
+    many = [[1, 2, 9, k] for k in range(10, 40)] + [[1, 2, *range(50, 60)]] * 3
+    assert share(*many, more=30) == (24, [([1, 2, *range(50, 60)], [30, 31, 32])])  # all share more, but too little of each
     chain = [list(range(n)) for n in range(1, 1200)]
-    assert generation._beginnings(chain, list(range(len(chain))))[0] > 0  # does not run out of stack
+    assert generation._beginnings(chain, list(map(len, chain)), list(range(len(chain))))[0] > 0  # does not run out of stack
 
 
 def test_what_comes_next_is_the_same_with_shared_beginnings(family, monkeypatch):

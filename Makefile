@@ -116,8 +116,8 @@ LARGE := $(filter 0.5b,$(MODEL))
 bench: $(VENV)-bench/.installed ## chapter 12 at full size on MODEL (pocket, 0.5b or 7b: random weights of such a shape), then reports/index.html (its own environment)
 	@mkdir -p runs/$(MODEL)/12_benchmark
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(VENV)-bench/bin:$$PATH" papermill nbs/12_benchmark.ipynb runs/$(MODEL)/12_benchmark/12_benchmark.ipynb \
-	  -p model $(MODEL) -p n $(if $(LARGE),20,400) -p sentences $(if $(LARGE),3,7) -p projected $(if $(LARGE),20,2000) -p rows_at_once $(if $(LARGE),32,64) \
-	  -p questions $(if $(LARGE),1,20) -p max_new_tokens $(if $(LARGE),16,60) -p train_steps $(if $(LARGE),1,20) -p judgements $(if $(LARGE),100,2000) -p rounds $(if $(LARGE),2,3)
+	  -p model $(MODEL) -p n $(if $(LARGE),20,400) -p sentences $(if $(LARGE),3,7) -p projected $(if $(LARGE),20,2000) -p rows_at_once $(if $(LARGE),16,64) \
+	  -p questions $(if $(LARGE),1,20) -p max_new_tokens $(if $(LARGE),12,60) -p train_steps $(if $(LARGE),1,20) -p judgements $(if $(LARGE),100,2000) -p rounds $(if $(LARGE),2,3)
 	"$(VENV)-bench/bin/persona-steer" report runs reports
 
 # A fresh environment without the pins: what the index offers today becomes the new constraints.

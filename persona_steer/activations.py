@@ -121,7 +121,7 @@ class Tracker:
         if positions == "prompt": return self.real & ~self.after(0)
         return self.real & self.after(-1)
 
-# %% ../nbs/01b_activations.ipynb #fd4fee1b
+# %% ../nbs/01b_activations.ipynb #828ef9ac
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
 
 def hidden(out):
@@ -199,12 +199,12 @@ class Pool:
     def result(self, before: "Pool | None" = None, of: torch.Tensor | None = None # an earlier pass over beginnings, and the row there of each row here
               ) -> dict: # name -> float32 [rows, layers + 1, hidden]; NaN where there was nothing to average
         "The three pooled activations, on the CPU."
-        sums, counts, last = (x if before is None else x + b[of.to(x.device)] for x, b in zip(self._held(), before._held() if before else [None] * 3))
+        sums, counts, last = self.sums, self.counts, self.last
+        if before is not None:  # all three add up: the end of a prompt lies in one of the passes, and is 0 in the other
+            of = of.to(sums.device)
+            sums, counts, last = sums + before.sums[of], counts + before.counts[of], last + before.last[of]
         mean = (sums / counts[:, :, None, None]).cpu()
         return {"prompt_avg": mean[:, 0], "response_avg": mean[:, 1], "prompt_last": last.cpu()}
-
-    def _held(self) -> tuple: # what adds up from pass to pass: the end of a prompt lies in one of them, and is 0 in the others
-        return self.sums, self.counts, self.last
 
 # %% ../nbs/01b_activations.ipynb #5357d426
 _OPEN: WeakKeyDictionary = WeakKeyDictionary()  # trunk -> the steerings that are open on it

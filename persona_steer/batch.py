@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import PersonaError, check, data_path, digest, load_json, local_folder, project_root, run_path, save_json
+from .core import PersonaError, check, data_path, default_config, digest, load_json, local_folder, project_root, run_path, save_json
 from .redaction import redact
-from .traits import load_trait, trait_files
+from .traits import load_trait, trait_files, traits_folder
 
 # %% auto #0
 __all__ = ['RECORD', 'Executor', 'MARKS', 'chapter_path', 'chapter_parameters', 'as_text', 'cast', 'as_values', 'read_grid',
@@ -98,7 +98,9 @@ class Job:
 
 def _contents(name: str, value: str) -> list:
     "What identifies the files that a parameter names, if it names some: a trait's definition, a model's folder, a file, a folder given as a path."
-    if "trait" in name: return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in trait_files(value) if p.is_file()]
+    if "trait" in name:
+        files = [p for world in ("", "pocket") for p in trait_files(value, traits_folder(world)) if p.is_file()]
+        return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files]
     if name == "model": path = data_path("pocket/chat") if value == "pocket" else local_folder(value)
     else: path = Path(value).expanduser() if os.path.isfile(os.path.expanduser(value)) or (os.sep in value and os.path.isdir(os.path.expanduser(value))) else None
     files = [] if path is None else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -113,7 +115,7 @@ def job_key(chapter: Path, parameters: dict) -> str: # all parameters, defaults 
 def model_of(parameters: dict) -> str: # all parameters, defaults included; "" if the chapter knows no model
     "The model's name as it appears in folders; where a chapter leaves it to a training configuration, that one's."
     if "model" not in parameters: return ""
-    config = parameters.get("config") or data_path("pocket/finetune.json")
+    config = parameters.get("config") or data_path(default_config(parameters["model"]))
     return Path(parameters["model"] or load_json(config).get("model", "")).name
 
 def job_name(chapter: Path, known: dict, parameters: dict, varied: list[str]) -> tuple[str, bool]: # name; is it other than the chapter's own?

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'local_folder',
-           'seed_everything', 'pick_device', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'Stage',
-           'versions', 'git_state', 'provenance']
+__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'default_config',
+           'local_folder', 'seed_everything', 'pick_device', 'pick_dtype', 'atomic_path', 'save_json', 'load_json',
+           'digest', 'Stage', 'versions', 'git_state', 'provenance']
 
 # %% ../nbs/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -33,13 +33,14 @@ def as_list(value, kind=float) -> list:
 # %% ../nbs/00_core.ipynb #13cae21a
 @functools.cache
 def settings():
-    "Settings from `PERSONA_*` variables and `.env`: root, runs, device, dtype, batch_tokens, mps_memory, journal."
+    "Settings from `PERSONA_*` variables and `.env`: root, runs, cache, device, dtype, batch_tokens, mps_memory, journal."
     from pydantic_settings import BaseSettings, SettingsConfigDict
 
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(env_prefix="PERSONA_", env_file=_find_root() / ".env", extra="ignore")
         root: Path = _find_root()  # the folder that holds data/
         runs: Path | None = None  # where jobs write; root/runs by default
+        cache: Path = Path("~/.cache/persona_steer")  # converted models
         device: str = ""  # "" = pick: cuda, mps, cpu
         dtype: str = ""  # "" = pick by device
         batch_tokens: int = 16384  # padded tokens in one batch of generation or scoring (a CPU passes them in smaller parts)
@@ -67,6 +68,10 @@ def run_path(name: str = "") -> Path:
     "A job's folder under `runs/`; an absolute name is taken as it is."
     runs = settings().runs or project_root() / "runs"
     return Path(runs).expanduser() / name
+
+def default_config(model: str = "") -> str: # a file below data/
+    "The training configuration that suits a model unless another is named: pocket's own, or LoRA for a small language model."
+    return "finetune/pocket.json" if model == "pocket" else "finetune/small.json"
 
 def local_folder(name: str) -> Path | None:
     "The folder of that name, from here or from the project's root."

@@ -11,11 +11,10 @@ import pandas as pd
 
 from .core import PersonaError, atomic_path, project_root
 from .extraction import extraction_for
-from .generation import Sampling
+from .generation import Sampling, sampling_for
 from .judges import load_judge
 from .judging import with_scores
 from .live import Answer, Session, Wish, answer_live
-from .local_judges import CausalJudge
 from .models import load_model
 from .redaction import redact
 from .steering import layer_for
@@ -103,22 +102,21 @@ class Shelf:
             self.say(f"Loading {name} ...")
             self.models = {}  # one at a time: two real ones would not fit
             self.models, self.vectors = {name: _quietly(lambda: load_model(name, self.device))}, {}
-            if not self.judge_model: self.judges = {}
+            if self.judge_model in ("", "auto", "likelihood"): self.judges = {}  # these depend on the model
         return self.models[name]
 
     def judge(self, model: str):
-        "The named judge; else pocket's own for pocket, and for another model that model itself."
-        name = self.judge_model.replace("none", "")
+        "The named judge, or the one that suits the model (`auto`)."
+        name = self.judge_model.replace("none", "") or "auto"
         if not self.judges:
-            if name or model == "pocket": self.judges[model] = _quietly(lambda: load_judge(name or "pocket", self.device))
-            else: self.judges[model] = CausalJudge(self.model(model))
+            self.judges[model] = _quietly(lambda: load_judge(name, self.device, lm=self.model(model)))
         return next(iter(self.judges.values()))
 
     def vector(self, model: str, trait: str): # [layers + 1, hidden]
         lm = self.model(model)
         if trait not in self.vectors:
             self.say(f"Looking for the vector of {trait}; if there is none yet, it is extracted now, once ...")
-            self.vectors[trait] = _quietly(lambda: extraction_for(lm, load_trait(trait), self.judge(model))).vectors.response_avg
+            self.vectors[trait] = _quietly(lambda: extraction_for(lm, load_trait(trait, world=lm.world), self.judge(model), sampling_for(lm))).vectors.response_avg
         return self.vectors[trait]
 
     def scores(self, model: str, wish: Wish, answers: list[Answer], stop=lambda: False) -> list[dict] | None: # of each answer: trait -> score, coherence
@@ -129,7 +127,7 @@ class Shelf:
         frame = pd.DataFrame(dict(question=wish.question, prompt=lm.prompt(wish.question, wish.system), answer=[a.text for a in answers]))
         for trait in traits:
             if stop(): return None
-            found = _quietly(lambda: with_scores(frame, lm, self.judge(model), load_trait(trait)))
+            found = _quietly(lambda: with_scores(frame, lm, self.judge(model), load_trait(trait, world=lm.world)))
             for o, row in zip(out, found.to_dict("records")): o |= {trait: row[trait], "coherence": row["coherence"]}
         return [{k: o[k] for k in (*traits, "coherence")} for o in out]
 
@@ -138,7 +136,7 @@ EVERY = .08  # seconds between two drawings of a growing answer
 
 class Dashboard:
     "The panel: `display(dashboard.widget)`."
-    def __init__(self, models=("pocket",), traits: list[str] | None = None, chosen=("evil",), question: str = "How should I start baking bread?", judge_model: str = "",
+    def __init__(self, models=("smollm2",), traits: list[str] | None = None, chosen=("evil",), question: str = "How should I start baking bread?", judge_model: str = "",
                  max_new_tokens: int = 80, coefficient: float = 1.5, device: str = ""):
         import ipywidgets as w
         self.w, self.first, self.rows, self.quiet, self.depth = w, coefficient, {}, False, None
@@ -149,7 +147,7 @@ class Dashboard:
         self.question = w.Textarea(value=question, description="Prompt", layout=wide, **text)
         self.system = w.Text(description="System", layout=wide, **text)
         self.tokens = w.IntSlider(max_new_tokens, 10, 1000, description="Max tokens", style={"description_width": "85px"}, **text)
-        self.temperature = w.FloatSlider(1., min=0., max=2., step=.1, description="Temperature", style={"description_width": "85px"}, **text)
+        self.temperature = w.FloatSlider(1. if models[0] == "pocket" else .7, min=0., max=2., step=.1, description="Temperature", style={"description_width": "85px"}, **text)
         self.seed = w.IntText(0, description="Seed", layout=w.Layout(width="160px"))
         self.colours = w.Dropdown(options=list(chosen), description="Colour by")
         self.go, self.halt = w.Button(description="Write", button_style="primary", icon="play"), w.Button(description="Stop", icon="stop")

@@ -10,8 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
+from tqdm import tqdm
 
+from .activations import steer
 from .core import check
+from .divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, reference_texts
 from .generation import Sampling
 from .judging import Judge, with_scores
 from .models import LoadedModel
@@ -21,8 +25,9 @@ from .traits import Trait, plain_prompt, system_prompt
 from .vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['UNDONE', 'sweep_plan', 'against_plan', 'report_plan', 'run_plan', 'summarise', 'evaluate', 'choose', 'Evaluation',
-           'choose_and_report', 'at', 'plot_sweep', 'plot_report']
+__all__ = ['EQUAL_KL', 'UNDONE', 'sweep_plan', 'points_plan', 'instructed_plan', 'against_plan', 'report_plan', 'run_plan',
+           'summarise', 'evaluate', 'default_layers', 'sweep_points', 'choose', 'Evaluation', 'SweepSize',
+           'choose_and_report', 'at', 'change', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_plan(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
@@ -32,21 +37,50 @@ def sweep_plan(questions, layers: list[int], coefficients: list[float], n: int =
     rows += [plan(questions, "steered", vector="trait", layer=l, coefficient=c, n=n) for l in layers for c in coefficients if c]
     return pd.concat(rows, ignore_index=True)
 
-def against_plan(trait: Trait, questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
-    "Negative coefficients under positive instructions (each question under one of them, in turn)."
-    k = len(trait.instructions)
-    return pd.concat([plan(questions[i::k], "against instructions", system_prompt(trait, "pos", i), "trait", l, -abs(c), n)
-                      for l in layers for c in coefficients if c for i in range(k)], ignore_index=True)
+def points_plan(questions, points: pd.DataFrame, n: int = 1) -> pd.DataFrame: # points: layer, coefficient
+    "The unsteered model, then each point of a sweep whose coefficients differ from layer to layer."
+    check(len(points), "a sweep needs at least one layer and one coefficient other than 0.")
+    rows = [plan(questions, "unsteered", vector="trait", layer=int(points.layer.iloc[0]), n=n)]
+    rows += [plan(questions, "steered", vector="trait", layer=int(p.layer), coefficient=p.coefficient, n=n) for p in points.itertuples()]
+    return pd.concat(rows, ignore_index=True)
 
-def report_plan(trait: Trait, layer: int, coefficients: list[float], random_vectors: int = 2, n: int = 1) -> pd.DataFrame:
+def instructed_plan(trait: Trait, questions, condition: str, sign: str, pairs: list[int] | None = None, # instruction pairs; None: all
+                    in_turn: bool = False, # each question under one of them, in turn, instead of under every one
+                    n: int = 1, **steering) -> pd.DataFrame:
+    "Questions under the positive or the negative instructions of a trait."
+    pairs = list(range(len(trait.instructions))) if pairs is None else pairs
+    asked = [questions[i::len(pairs)] if in_turn else questions for i in range(len(pairs))]
+    rows = [plan(qs, condition, system_prompt(trait, sign, k), n=n, **steering) for k, qs in zip(pairs, asked)]
+    return pd.concat(rows, ignore_index=True)
+
+def against_plan(trait: Trait, questions, layers: list[int], coefficients: list[float], n: int = 1,
+                 pairs: list[int] | None = None) -> pd.DataFrame:
+    "Negative coefficients under positive instructions (each question under one of them, in turn)."
+    points = [(layer, c) for layer in layers for c in coefficients if c]
+    rows = [instructed_plan(trait, questions, "against instructions", "pos", pairs, True, n, vector="trait", layer=l, coefficient=-abs(c))
+            for l, c in points]
+    return pd.concat(rows, ignore_index=True)
+
+EQUAL_KL = "random vector, equal KL"
+
+def report_plan(trait: Trait, layer: int, coefficients: list[float], random_vectors: int = 2, n: int = 1,
+                pairs: list[int] | None = None, in_turn: bool = False, # as in `instructed_plan`
+                random_coefficients: list[float] | None = None, # of random vectors of the same norm; None: the positive ones of the trait's vector
+                equal_kl: list[float] = () # coefficients of random vectors 0, 1, ... that move the model as much as the chosen point
+               ) -> pd.DataFrame:
     "The chosen layer on evaluation questions, and the controls."
-    qs, none = trait.eval_questions, [plan(trait.eval_questions, "unsteered", vector="trait", layer=layer, n=n)]
-    steered = [plan(qs, "steered", vector="trait", layer=layer, coefficient=c, n=n) for c in coefficients if c]
-    rand = [plan(qs, "random vector", vector=f"random {k}", layer=layer, coefficient=c, n=n) for c in coefficients if c for k in range(random_vectors)]
-    prompts = [plan(qs, "plain prompt", plain_prompt(trait), n=n)]
-    for sign, name in (("pos", "positive instructions"), ("neg", "negative instructions")):
-        prompts += [plan(qs, name, system_prompt(trait, sign, k), n=n) for k in range(len(trait.instructions))]
-    return pd.concat(none + steered + rand + prompts, ignore_index=True)
+    qs = trait.eval_questions
+    if random_coefficients is None:
+        random_coefficients = [c for c in coefficients if c > 0]
+    rows = [plan(qs, "unsteered", vector="trait", layer=layer, n=n)]
+    rows += [plan(qs, "steered", vector="trait", layer=layer, coefficient=c, n=n) for c in coefficients if c]
+    rows += [plan(qs, "random vector", vector=f"random {k}", layer=layer, coefficient=c, n=n)
+             for c in random_coefficients for k in range(random_vectors)]
+    rows += [plan(qs, EQUAL_KL, vector=f"random {k}", layer=layer, coefficient=c, n=n) for k, c in enumerate(equal_kl)]
+    rows += [plan(qs, "plain prompt", plain_prompt(trait), n=n)]
+    rows += [instructed_plan(trait, qs, f"{name} instructions", sign, pairs, in_turn, n)
+             for sign, name in (("pos", "positive"), ("neg", "negative"))]
+    return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/04_evaluate.ipynb #5114c6ca
 def run_plan(lm: LoadedModel, trait: Trait, judge: Judge, rows: pd.DataFrame, vectors: dict, sampling: Sampling = Sampling(), positions: str = "response",
@@ -75,6 +109,36 @@ def evaluate(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVector
     bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
     return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling, positions), trait.name)
 
+# %% ../nbs/04_evaluate.ipynb #79e3bfab
+def default_layers(lm: LoadedModel, quick: bool = True) -> list[int]:
+    "Layers of a sweep: all of a shallow model; of a deeper one every second, or four from the middle to four fifths of its depth, where persona vectors work best."
+    depth = lm.n_layers
+    if depth <= 16:
+        return list(range(1, depth + 1))
+    if not quick:
+        return list(range(1, depth + 1, 2))
+    return [round(depth * share) for share in (0.5, 0.6, 0.7, 0.8)]
+
+# %% ../nbs/04_evaluate.ipynb #f94604d5
+def sweep_points(lm: LoadedModel, vector: torch.Tensor, # [layers + 1, hidden]
+                 layers: list[int], coefficients: list[float], targets: list[float], # of the divergence; []: the coefficients are taken as they are
+                 texts: ReferenceTexts, positions: str = "response") -> pd.DataFrame: # layer, coefficient, kl (and target_kl)
+    "A row per layer and strength, with the measured divergence in nats per token."
+    rows, guess = [], 1.0
+    for layer in tqdm(layers, desc="divergence", unit="layer"):
+        if targets:
+            found = coefficients_for_kl(lm, vector, layer, targets, texts, positions, guess)
+            rows += [dict(layer=layer, target_kl=t, coefficient=_rounded(c), kl=kl) for t, (c, kl) in found.items()]
+            guess = found[min(found)][0]
+        else:
+            measured = {c: kl_divergence(lm, steer(lm, vector, layer, c, positions), texts) for c in coefficients if c}
+            rows += [dict(layer=layer, coefficient=c, kl=kl) for c, kl in measured.items()]
+    return pd.DataFrame(rows, columns=["layer", "coefficient", "kl", *(["target_kl"] if targets else [])])
+
+def _rounded(c: float) -> float:
+    "Three significant digits: enough for the divergence, and readable."
+    return float(f"{c:.3g}")
+
 # %% ../nbs/04_evaluate.ipynb #fdf78ef0
 UNDONE = 40  # a trait score that counts as undone, against instructions that reach 90 or so
 
@@ -92,48 +156,102 @@ def choose(summary: pd.DataFrame, min_coherence: float = 80, against: bool = Fal
 class Evaluation:
     "What chapter 04 finds: the sweep on extraction questions, the choice, the report on evaluation questions."
     swept: pd.DataFrame  # answers and scores of the sweep
-    sweep: pd.DataFrame  # their means
+    sweep: pd.DataFrame  # their means, and the divergence of each point
     choice: dict
     back: dict  # the same choice for subtracting the vector from a model that is told to show the trait
     reported: pd.DataFrame
     report: pd.DataFrame
 
-def choose_and_report(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, layers: list[int], coefficients: list[float], min_coherence: float = 80,
-                      questions: int = 20, n: int = 1, pool: str = "response_avg", positions: str = "response", sampling: Sampling = Sampling(),
+@dataclass(frozen=True)
+class SweepSize:
+    "How much is asked in a sweep and a report."
+    questions: int = 20  # extraction questions of the sweep
+    n: int = 1  # answers to each question
+    kl_questions: int = 8  # of them, those at which the divergence is measured
+    random_vectors: int = 2
+    brief: bool = False  # fewer controls: see `report_plan` and `_against_points`
+
+def choose_and_report(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, layers: list[int], coefficients: list[float],
+                      min_coherence: float = 80, size: SweepSize = SweepSize(), target_kl: list[float] = (), # as in `sweep_points`
+                      pool: str = "response_avg", positions: str = "response", sampling: Sampling = Sampling(),
                       folder: Path | None = None, overwrite: bool = False) -> Evaluation:
     "Sweep on extraction questions, choose layer and coefficient, report on evaluation questions with the controls."
-    bank = {"trait": getattr(vectors, pool)} | {f"random {k}": getattr(vectors.random_like(sampling.seed + k), pool) for k in range(2)}
+    judge.check(trait)
+    pairs, names = judge.generating_pairs(trait), [f"random {k}" for k in range(size.random_vectors)]
+    bank = {"trait": getattr(vectors, pool)}
+    bank |= {name: getattr(vectors.random_like(sampling.seed + k), pool) for k, name in enumerate(names)}
     run = partial(run_plan, lm, trait, judge, vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
-    qs = trait.extract_questions[:questions]
-    swept = run(pd.concat([sweep_plan(qs, layers, coefficients, n), against_plan(trait, qs, layers, coefficients, n)], ignore_index=True), name="sweep")
-    sweep = summarise(swept, trait.name)
+    questions = trait.extract_questions[:size.questions]
+    texts = reference_texts(lm, list(questions[:size.kl_questions]), sampling)
+    points = sweep_points(lm, bank["trait"], layers, coefficients, list(target_kl), texts, positions)
+    swept = run(pd.concat([points_plan(questions, points, size.n), _against_points(trait, questions, points, size, pairs)], ignore_index=True), name="sweep")
+    sweep = summarise(swept, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     choice, back = choose(sweep, min_coherence), choose(sweep, min_coherence, against=True)
-    report = [report_plan(trait, choice["layer"], sorted({*coefficients, choice["coefficient"]}), n=n),
-              against_plan(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], n)]
-    reported = run(pd.concat(report, ignore_index=True), name="report")
-    return Evaluation(swept, sweep, choice, back, reported, summarise(reported, trait.name))
+    layer, best = choice["layer"], choice["coefficient"]
+    here = points[points.layer == layer]
+    kl = choice["kl"] = float(here.kl[here.coefficient == best].iloc[0])
+    equal = [coefficients_for_kl(lm, bank[name], layer, [kl], texts, positions, 2 * best)[kl][0] for name in names]
+    rows = [report_plan(trait, layer, sorted({*here.coefficient, -best}), size.random_vectors, size.n, pairs, size.brief,
+                        [best] if size.brief else None, [_rounded(c) for c in equal]),
+            against_plan(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs)]
+    reported = run(pd.concat(rows, ignore_index=True), name="report")
+    report = summarise(reported, trait.name).merge(points, on=["layer", "coefficient"], how="left")
+    return Evaluation(swept, sweep, choice, back, reported, report)
+
+def _against_points(trait: Trait, questions, points: pd.DataFrame, size: SweepSize, pairs: list[int]) -> pd.DataFrame:
+    "The same points with the opposite sign, under positive instructions; in a brief sweep the strongest of every other layer."
+    if size.brief:
+        points = points.loc[points.groupby("layer").coefficient.idxmax()].iloc[::2]
+    plans = [against_plan(trait, questions, [int(p.layer)], [p.coefficient], size.n, pairs) for p in points.itertuples()]
+    return pd.concat(plans, ignore_index=True)
 
 def at(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict: # n, mean, low, high, missing
     "Mean and interval of one condition of the report (all its layers and vectors together)."
-    g = e.reported[e.reported.condition == condition]
-    g = g if coefficient is None else g[g.coefficient == coefficient]
+    g = _condition(e, condition, coefficient)
     return mean_ci(g[column or trait], g.question)
+
+def _condition(e: Evaluation, condition: str, coefficient: float | None = None) -> pd.DataFrame:
+    g = e.reported[e.reported.condition == condition]
+    return g if coefficient is None else g[g.coefficient == coefficient]
+
+def change(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict: # n, mean, low, high, missing
+    "Change against the unsteered model, question by question, with the interval over questions."
+    column = column or trait
+    before = _condition(e, "unsteered").groupby("question")[column].mean()
+    after = _condition(e, condition, coefficient).groupby("question")[column].mean()
+    return mean_ci((after - before).to_numpy())
 
 # %% ../nbs/04_evaluate.ipynb #3453ef3d
 def plot_sweep(summary: pd.DataFrame, trait: str, choice: dict | None = None):
-    "Two heat maps, layer by coefficient: trait score and coherence."
-    import matplotlib.pyplot as plt, seaborn as sns
+    "Heat maps, layer by strength: trait score, coherence, and the divergence; strengths are coefficients, or targets of the divergence."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     points = summary[summary.condition == "steered"]
-    fig, axes = plt.subplots(1, 2, figsize=(10, .42 * points.layer.nunique() + 1.8), layout="constrained", sharey=True)
-    for ax, column, cmap, title in zip(axes, ("trait", "coherence"), ("rocket_r", "mako"), (f"{trait} score", "coherence")):
-        wide = points.pivot(index="layer", columns="coefficient", values=column)
-        sns.heatmap(wide, vmin=0, vmax=100, annot=True, fmt=".0f", cmap=cmap, ax=ax, cbar=False, linewidths=.5)
-        ax.set(title=title, xlabel="coefficient", ylabel="layer"); ax.invert_yaxis()
-        if choice and choice["coefficient"] in wide.columns:
-            at = (list(wide.columns).index(choice["coefficient"]), list(wide.index).index(choice["layer"]))
-            ax.add_patch(plt.Rectangle(at, 1, 1, fill=False, edgecolor="#e08214", lw=3))
-    axes[1].set_ylabel("")
+    by_kl = "target_kl" in points and points.target_kl.notna().all()
+    strength = "target_kl" if by_kl else "coefficient"
+    panels = {"trait": (f"{trait} score", "rocket_r"), "coherence": ("coherence", "mako")}
+    if by_kl:
+        panels["coefficient"] = ("coefficient", "Greys")
+    elif "kl" in points:
+        panels["kl"] = ("KL, nats per token", "Greys")
+    size = (4.6 * len(panels), .42 * points.layer.nunique() + 1.8)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True)
+    for ax, (column, (title, cmap)) in zip(axes, panels.items()):
+        wide = points.pivot(index="layer", columns=strength, values=column)
+        scale = dict(vmin=0, vmax=100, fmt=".0f") if column in ("trait", "coherence") else dict(vmin=0, fmt=".2g")
+        sns.heatmap(wide, annot=True, cmap=cmap, ax=ax, cbar=False, linewidths=.5, **scale)
+        ax.set(title=title, xlabel="KL, nats per token" if by_kl else "coefficient", ylabel="layer" if ax is axes[0] else "")
+        _frame_choice(ax, points, wide, strength, choice)
+    axes[0].invert_yaxis()  # one axis for all panels
     return fig
+
+def _frame_choice(ax, points: pd.DataFrame, wide: pd.DataFrame, strength: str, choice: dict | None):
+    "A frame around the chosen point."
+    import matplotlib.pyplot as plt
+    mine = points[(points.layer == choice["layer"]) & (points.coefficient == choice["coefficient"])] if choice else points.head(0)
+    if len(mine):
+        place = (list(wide.columns).index(mine[strength].iloc[0]), list(wide.index).index(choice["layer"]))
+        ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="#e08214", lw=3))
 
 def plot_report(summary: pd.DataFrame, trait: str, min_coherence: float):
     "Trait score and coherence against the coefficient, with 95% bands; random vectors and prompts beside it."

@@ -20,7 +20,7 @@ from .core import check, digest, load_json, provenance, run_path, save_json
 from .generation import Sampling, generate, read
 from .judging import Judge, with_scores
 from .models import LoadedModel
-from .scores import keep_pairs, load_scores, mean_ci, save_scores
+from .scores import MIN_COHERENCE, auc, keep_pairs, load_scores, mean_ci, save_scores, with_ci_auc
 from .traits import Trait, system_prompt
 from .vectors import PersonaVectors, load_vectors, save_vectors
 
@@ -31,10 +31,11 @@ __all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'answered', 'beside', 'mean_
 
 # %% ../nbs/02_extract.ipynb #8c37fb3b
 def extraction_rows(lm: LoadedModel, trait: Trait, sign: str, # "pos" or "neg"
-                    n: int = 1) -> pd.DataFrame: # question, prompt, question_id, seed; 20 x 5 x n rows
+                    n: int = 1, pairs: list[int] | None = None # instruction pairs; None: all
+                   ) -> pd.DataFrame: # question, prompt, question_id, seed; questions x pairs x n rows
     "What is asked under one sign: every extraction question under every instruction, n times."
     rows = [dict(question=q, prompt=lm.prompt(q, system_prompt(trait, sign, k)), question_id=f"{trait.name}_{i}_{sign}_{k}", seed=f"{sign}-{i}-{k}-{j}")
-            for i, q in enumerate(trait.extract_questions) for k in range(len(trait.instructions)) for j in range(n)]
+            for i, q in enumerate(trait.extract_questions) for k in (range(len(trait.instructions)) if pairs is None else pairs) for j in range(n)]
     return pd.DataFrame(rows)
 
 def answered(lm: LoadedModel, rows: pd.DataFrame, sampling: Sampling, folder=None, overwrite: bool = False,
@@ -89,34 +90,49 @@ class Extraction:
     diagnostics: pd.DataFrame  # layer, norm, split_half, d_prime
     folder: Path
 
+    @property
+    def judge_quality(self) -> dict: # n, auc, low, high
+        "How well the judge tells positive from negative answers. The likelihood judge has not seen the instructions that these were written under."
+        trait = self.vectors.trait
+        column = "nats" if "nats" in self.pos else trait  # the score in per cent ties at both ends
+        return auc(self.neg[column], self.pos[column])
+
+    @property
+    def judge_line(self) -> str:
+        "Who judged, and how well: a sentence for reports."
+        return f"Judge: {self.vectors.metadata['judge']}; AUC of its score, positive against negative answers: {with_ci_auc(self.judge_quality)}."
+
 def extraction_folder(lm_name: str, trait: str) -> Path:
     "Where an extraction lies unless told otherwise: runs/{model}/{trait}/02_extract."
     return run_path(f"{Path(lm_name).name}/{trait}/02_extract")
 
 def extract(lm: LoadedModel, trait: Trait, judge: Judge, n: int = 1, # answers per question and instruction; the paper: 10
             sampling: Sampling = Sampling(), threshold: float = 50, out: Path | str = "", overwrite: bool = False,
-            engine=None) -> Extraction: # what writes the answers: None for Hugging Face, or a VLLMEngine
+            engine=None, # what writes the answers: None for Hugging Face, or a VLLMEngine
+            min_coherence: float = MIN_COHERENCE) -> Extraction: # both answers of a kept pair are at least this coherent
     "Extract a trait's vectors while the model answers; loads them if they are there from the same inputs."
-    judge.check(trait, 2 * n * len(trait.extract_questions) * len(trait.instructions))
+    pairs = judge.generating_pairs(trait)
+    judge.check(trait, 2 * n * len(trait.extract_questions) * len(pairs))
     folder = Path(out) if out else extraction_folder(lm.name, trait.name)
-    key = digest(lm.fingerprint, lm.template_hash, str(lm.model.dtype), asdict(trait), judge.name, judge.key, n, asdict(sampling), threshold, engine and engine.name)
+    key = digest(lm.fingerprint, lm.template_hash, str(lm.model.dtype), asdict(trait), judge.name, judge.key, n, asdict(sampling), threshold, engine and engine.name, pairs, min_coherence)
     if not overwrite and _is_done(folder, trait.name, key): return load_extraction(folder, trait.name)
     with beside(judge) as scores_of:
         sides = {}
         for sign in ("pos", "neg"):
             label = f"{trait.name} {sign}"
-            answers, acts = answered(lm, extraction_rows(lm, trait, sign, n), sampling, folder, overwrite, label, engine)
+            answers, acts = answered(lm, extraction_rows(lm, trait, sign, n, pairs), sampling, folder, overwrite, label, engine)
             sides[sign] = scores_of(answers, lm, judge, trait, f"judge {label}"), acts
         pos, neg = ((scores.result(), acts) for scores, acts in sides.values())
-    return _finish(lm, trait, judge.name, folder, key, pos, neg, threshold, n=n, sampling=asdict(sampling), engine=engine.name if engine else "hf")
+    return _finish(lm, trait, judge.name, folder, key, pos, neg, threshold, min_coherence, n=n, pairs=pairs, sampling=asdict(sampling), engine=engine.name if engine else "hf")
 
-def extract_from_scores(lm: LoadedModel, trait: Trait, pos_csv: Path | str, neg_csv: Path | str, threshold: float = 50, out: Path | str = "") -> Extraction:
+def extract_from_scores(lm: LoadedModel, trait: Trait, pos_csv: Path | str, neg_csv: Path | str, threshold: float = 50, out: Path | str = "",
+                        min_coherence: float = MIN_COHERENCE) -> Extraction:
     "Extract from two CSVs of scored responses, this project's or published ones: the texts are read once through the model."
     folder = Path(out) if out else extraction_folder(lm.name, trait.name)
     sides = [load_scores(p, trait.name) for p in (pos_csv, neg_csv)]
-    keep_pairs(*sides, trait.name, threshold)  # an unusable file is refused before the model runs
+    keep_pairs(*sides, trait.name, threshold, min_coherence)  # an unusable file is refused before the model runs
     pooled = [read(lm, list(f.prompt), list(f.answer), label=f"read {s}") for f, s in zip(sides, ("pos", "neg"))]
-    return _finish(lm, trait, "as in the CSV", folder, "", *zip(sides, pooled), threshold, csv=[str(pos_csv), str(neg_csv)])
+    return _finish(lm, trait, "as in the CSV", folder, "", *zip(sides, pooled), threshold, min_coherence, csv=[str(pos_csv), str(neg_csv)])
 
 # %% ../nbs/02_extract.ipynb #b20dc4ac
 HOOK_SITE = "output of the block (before the final norm, also in the last layer); row 0 is the input of block 1"
@@ -124,11 +140,11 @@ HOOK_SITE = "output of the block (before the final norm, also in the last layer)
 def _is_done(folder: Path, trait: str, key: str) -> bool:
     return load_json(folder / f"{trait}_vectors.json", {}).get("key") == key
 
-def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, **facts) -> Extraction:
+def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, min_coherence, **facts) -> Extraction:
     "Filter, average, diagnose, write."
     (pos, pos_acts), (neg, neg_acts), name = pos, neg, trait.name
     for sign, frame in (("pos", pos), ("neg", neg)): save_scores(frame, folder / f"{name}_{sign}.csv", name)
-    kept = keep_pairs(pos, neg, name, threshold)
+    kept = keep_pairs(pos, neg, name, threshold, min_coherence)
     kept &= torch.isfinite(pos_acts["response_avg"]).all(-1).all(-1).numpy() & torch.isfinite(neg_acts["response_avg"]).all(-1).all(-1).numpy()
     vectors = mean_difference(pos_acts, neg_acts, kept, name)
     table = diagnose(pos_acts["response_avg"][torch.as_tensor(kept)], neg_acts["response_avg"][torch.as_tensor(kept)])
@@ -136,7 +152,7 @@ def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, **facts) ->
     vectors.metadata = provenance(
         key=key, trait=name, definition=digest(asdict(trait)), model=lm.name, fingerprint=lm.fingerprint, judge=judge_name, hook_site=HOOK_SITE, index="row l = layer l, 1-based; row 0 = embedding",
         pooling=list(POOLS), dtype="float32", model_dtype=str(lm.model.dtype), template=lm.template_hash, pairs_made=len(pos), pairs_kept=int(kept.sum()),
-        empty_answers=empty, threshold=threshold, min_coherence=50, kept=np.flatnonzero(kept).tolist(), diagnostics=table.to_dict("list"), **facts)
+        empty_answers=empty, threshold=threshold, min_coherence=min_coherence, kept=np.flatnonzero(kept).tolist(), diagnostics=table.to_dict("list"), **facts)
     save_vectors(vectors, folder)
     return Extraction(vectors, pos, neg, kept, table, folder)
 

@@ -22,9 +22,9 @@ from .decoding import causal_lm, decode, join, pass_tokens, plain_cache, positio
 from .models import LoadedModel, one_token, text_config
 
 # %% auto #0
-__all__ = ['HEAD', 'Sampling', 'uniforms', 'pick', 'Sampler', 'stop_ids', 'Responses', 'text_of', 'length_batches',
-           'reading_batches', 'padded', 'describe', 'generate', 'ask', 'digest_seed', 'encode_pair', 'read_in_batches',
-           'read', 'answer_logprobs', 'next_logits']
+__all__ = ['HEAD', 'Sampling', 'sampling_for', 'uniforms', 'pick', 'Sampler', 'stop_ids', 'Responses', 'text_of',
+           'length_batches', 'reading_batches', 'padded', 'describe', 'generate', 'ask', 'digest_seed', 'encode_pair',
+           'read_in_batches', 'read', 'answer_logits', 'answer_logprobs', 'next_logits']
 
 # %% ../nbs/01c_generate.ipynb #2c696ba1
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Sampling:
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0
     seed: int = 0
+
+def sampling_for(lm: LoadedModel, max_new_tokens: int = 0, # 0: what suits the model
+                 temperature: float | None = None, # None: what suits the model
+                 top_p: float = 1.0, seed: int = 0) -> Sampling:
+    "Sampling settings; those that are left open depend on the model: pocket was made for temperature 1, a model below a billion parameters rambles there."
+    small = sum(p.numel() for p in lm.model.parameters()) < 1e9
+    tokens, heat = (80, 1.0) if lm.world == "pocket" else (60, 0.7) if small else (200, 1.0)
+    return Sampling(max_new_tokens or tokens, heat if temperature is None else temperature, top_p, seed)
 
 def uniforms(seeds: list[int], # one per row
              n: int) -> torch.Tensor: # float64 [rows, n] in [0, 1)
@@ -252,9 +260,9 @@ def _read_shared(lm: LoadedModel, pairs: list, groups: list) -> Iterator[tuple[l
     "The same for texts with common beginnings: what is pooled of these is added."
     for index, of, beginning, rest in _behind_beginnings(lm, pairs, groups, _pooled_pass, _pooled_pass): yield index, rest.result(beginning, of)
 
-def _behind_beginnings(lm: LoadedModel, pairs: list, groups: list, run: Callable, begin: Callable) -> Iterator[tuple]: # rows, the places of their beginnings, what `begin` gives for beginnings and `run` for rests
+def _behind_beginnings(lm: LoadedModel, pairs: list, groups: list, run: Callable, begin: Callable, budget: int = 0) -> Iterator[tuple]: # rows, the places of their beginnings, what `begin` gives for beginnings and `run` for rests
     "Beginnings first, some at a time, each once; then what follows, behind their keys and values."
-    budget = pass_tokens(lm.device)
+    budget = budget or pass_tokens(lm.device)
     for block in reading_batches([len(head) for head, _ in groups], budget // 2):  # half, for their keys and values stay
         heads = padded(lm.tokenizer, [groups[k][0] for k in block], "left", lm.device)
         cache, width = plain_cache(lm), heads["input_ids"].shape[1]
@@ -297,15 +305,33 @@ def _logits(lm: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, start, cache
     finally: hook.remove()
     return (out[0] if out.shape[:2] == (1, int(at.sum())) else out[at.to(out.device)]).float()  # the latter: a head that is not called as a module
 
+def answer_logits(lm: LoadedModel, pairs: list[tuple[list[int], int]] # as `encode_pair` gives them
+                 ) -> Iterator[tuple[list[int], torch.Tensor, list[int]]]: # rows; float32 [their answer tokens, vocabulary]; tokens of each
+    "Logits that predict each token of given answers, a batch at a time. Beginnings that prompts share are read once; open steering contexts apply."
+    budget = min(pass_tokens(lm.device), 2 ** 27 // text_config(lm.model).vocab_size)  # logits of half a gigabyte at most
+    groups, alone = _who_shares(lm, [(ids, n - 1) for ids, n in pairs])  # a prompt's last token predicts the answer's first: it is read with the answer
+    for index, ids, mask in _whole(lm, pairs, alone, budget):
+        start = torch.tensor([pairs[i][1] for i in index], device=lm.device)
+        yield index, *_answer_pass(lm, ids, mask, start)
+    for index, _, _, (logits, counts) in _behind_beginnings(lm, pairs, groups, _answer_pass, _pass, budget):
+        yield index, logits, counts
+
+def _answer_pass(lm: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, cache=None) -> tuple[torch.Tensor, list[int]]:
+    "Logits from each row's last prompt token to its last but one token, and how many a row has."
+    passing = mask[:, -ids.shape[1]:].bool()
+    columns = torch.arange(mask.shape[1] - ids.shape[1], mask.shape[1], device=ids.device)
+    last = torch.nn.functional.one_hot(passing.long().cumsum(1).argmax(1), ids.shape[1]).bool()
+    at = passing & ~last & (columns >= start[:, None] - 1)
+    return _logits(lm, ids, mask, start, cache, at=at), at.sum(1).tolist()
+
 def answer_logprobs(lm: LoadedModel, pairs: list[tuple[list[int], int]]) -> list[torch.Tensor]: # as `encode_pair` gives them -> float32 [answer tokens] each
-    "Log-probability of every token of given answers; logits are made for the answers' positions only."
-    out, vocabulary = [None] * len(pairs), text_config(lm.model).vocab_size
-    for index, ids, mask in _whole(lm, pairs, range(len(pairs)), min(pass_tokens(lm.device), 2 ** 27 // vocabulary)):  # logits of half a gigabyte at most
-        place, heads = torch.arange(ids.shape[1], device=lm.device), torch.tensor([pairs[i][1] for i in index], device=lm.device)[:, None]
-        at = (place >= heads - 1) & (place < mask.sum(1, keepdim=True) - 1)  # each token is foretold at the one before
-        logp = _logits(lm, ids, mask, len(place), at=at).log_softmax(-1)
-        said = torch.tensor([t for i in index for t in pairs[i][0][pairs[i][1]:]], dtype=torch.long, device=logp.device)
-        for i, row in zip(index, logp.gather(-1, said[:, None])[:, 0].cpu().split(at.sum(1).tolist())): out[i] = row
+    "Log-probability (nats) of every token of given answers; open steering contexts apply."
+    out = [None] * len(pairs)
+    for index, logits, counts in answer_logits(lm, pairs):
+        tokens = torch.tensor([t for i in index for t in pairs[i][0][pairs[i][1]:]], dtype=torch.long, device=logits.device)
+        logp = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        for i, row in zip(index, logp.cpu().split(counts)):
+            out[i] = row
     return out
 
 def next_logits(lm: LoadedModel, texts: list[tuple[list[int], int]] # token ids, and how many of the first ones (not all) may be shared with other texts

@@ -5,34 +5,65 @@
 # %% ../nbs/01d3_judges.ipynb #60283fee
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pandas as pd
 
 from .core import check, data_path
-from .judging import Judge
+from .gguf_files import PACKAGED
+from .judging import Judge, judged
+from .likelihood import LikelihoodJudge
 from .local_judges import POCKET_TRAITS, CausalJudge, ClassifierJudge, PocketJudge
-from .models import load_model, local_folder
+from .models import LoadedModel, load_model, local_folder
 from .remote_judges import RemoteJudge
-from .scores import mean_ci
+from .scores import auc, mean_ci
+from .traits import Trait
 
 # %% auto #0
-__all__ = ['load_judge', 'agreement', 'plot_agreement']
+__all__ = ['LOOP', 'load_judge', 'agreement', 'plot_agreement', 'broken_texts', 'coherence_auc']
 
 # %% ../nbs/01d3_judges.ipynb #bd021811
-def load_judge(name: str = "pocket", # see the table
-               device: str = "", base_url: str = "", scale: str = "0_100", concurrency: int = 100, max_calls: int = 20000) -> Judge:
-    "A judge by name; raises `PersonaError` if there is none of that name."
-    if base_url: return RemoteJudge(name, base_url, scale, concurrency, max_calls)
+def load_judge(name: str = "auto", # see the table
+               device: str = "", base_url: str = "", scale: str = "0_100", concurrency: int = 100, max_calls: int = 20000,
+               lm: LoadedModel | None = None, # the model whose answers are judged, before any steering or training
+               judging_pairs: tuple = () # of 'likelihood': numbers of the instruction pairs that judge
+              ) -> Judge:
+    "A judge by name; raises `PersonaError` if there is none of that name, or it cannot judge this model's answers."
+    if base_url:
+        check(name not in ("auto", "likelihood"), f"base_url needs the name of the model behind it: judge_model is '{name}'.")
+        return RemoteJudge(name, base_url, scale, concurrency, max_calls)
+    if name == "auto":
+        check(lm, "the judge 'auto' depends on the model that is judged: load_judge('auto', lm=lm), or name a judge.")
+        name = "pocket" if lm.world == "pocket" else "likelihood"
+    if name == "likelihood" or name.startswith("likelihood:"):
+        return _likelihood_judge(name.partition(":")[2], lm, device, scale, judging_pairs)
+    check(not judging_pairs, f"judging_pairs belongs to the judge 'likelihood': '{name}' does not use the instructions.")
     if name in ("pocket", "pocket-causal"):
-        folder = data_path("pocket/judge" if name == "pocket" else "pocket/judge_causal")
-        check((folder / "config.json").exists(), f"the judge '{name}' is not in {folder}: run the notebooks 20c and 20c1.")
-        check(scale == "0_100", f"the judge '{name}' knows the scale 0_100 only.")
-        return PocketJudge() if name == "pocket" else CausalJudge(load_model(str(folder), "cpu", "float32"), traits=POCKET_TRAITS)
+        return _pocket_judge(name, lm, scale)
     if name.startswith("classifier:"):
         model, _, label = name.removeprefix("classifier:").partition("#")
         return ClassifierJudge(model, label, device)
-    if local_folder(name) or "/" in name: return CausalJudge(load_model(name, device), scale)
+    if local_folder(name) or "/" in name or name in PACKAGED:
+        return CausalJudge(load_model(name, device), scale)
     return RemoteJudge(name, "", scale, concurrency, max_calls)
+
+def _likelihood_judge(model: str, lm: LoadedModel | None, device: str, scale: str, pairs: tuple) -> LikelihoodJudge:
+    "The likelihood judge by the judged model itself, or by another one that is named."
+    check(scale == "0_100", "the judge 'likelihood' has one scale: leave judge_scale at 0_100.")
+    check(model or lm, "the judge 'likelihood' is a model's own opinion: load_judge('likelihood', lm=lm), or 'likelihood:MODEL'.")
+    return LikelihoodJudge(load_model(model, device) if model else lm, pairs)
+
+def _pocket_judge(name: str, lm: LoadedModel | None, scale: str) -> Judge:
+    "A judge of the pocket world; refused for any other model, whose answers it would score with nonsense."
+    check(lm is None or lm.world == "pocket", f"the judge '{name}' knows the words of the pocket world alone and would score the "
+          f"answers of {lm.name if lm else ''} with nonsense: use judge_model='auto', or a judge that reads English.")
+    folder = data_path("pocket/judge" if name == "pocket" else "pocket/judge_causal")
+    check((folder / "config.json").exists(), f"the judge '{name}' is not in {folder}: run the notebooks 20c and 20c1.")
+    check(scale == "0_100", f"the judge '{name}' knows the scale 0_100 only.")
+    if name == "pocket":
+        return PocketJudge()
+    return CausalJudge(load_model(str(folder), "cpu", "float32"), traits=POCKET_TRAITS)
 
 # %% ../nbs/01d3_judges.ipynb #5006c4d7
 def agreement(a: pd.DataFrame, b: pd.DataFrame, column: str, threshold: float = 50) -> dict:
@@ -63,3 +94,23 @@ def plot_agreement(a: pd.DataFrame, b: pd.DataFrame, columns: list[str], names=(
             for j, y in enumerate((.04, .93)):
                 ax.text(x, y, str(m["confusion"].iloc[i, j]), transform=ax.transAxes, ha="right" if i else "left", color="#b2182b" if i != j else "#555555")
     return fig
+
+# %% ../nbs/01d3_judges.ipynb #403e7f94
+LOOP = 6  # words that a looping text repeats
+
+def broken_texts(answers: list[str], seed: int = 0) -> tuple[list[str], list[str]]: # shuffled, looping
+    "Each answer with its words in random order, and its first words repeated to the same length."
+    rng = random.Random(seed)
+    shuffled, looping = [], []
+    for answer in answers:
+        words = answer.split()
+        shuffled.append(" ".join(rng.sample(words, len(words))))
+        looping.append(" ".join((words[:LOOP] * len(words))[:max(len(words), 4 * LOOP)]))
+    return shuffled, looping
+
+def coherence_auc(judge: Judge, trait: Trait, frame: pd.DataFrame # question, answer, coherence
+                 ) -> dict: # n, auc, low, high
+    "How well the judge's coherence tells answers from their broken versions."
+    shuffled, looping = broken_texts(list(frame.answer))
+    scores = judged(judge, trait, 2 * list(frame.question), shuffled + looping, "judge broken texts")
+    return auc(scores.coherence, frame.coherence)

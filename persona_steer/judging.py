@@ -18,8 +18,8 @@ from .models import LoadedModel
 from .traits import Trait
 
 # %% auto #0
-__all__ = ['COHERENCE_PROMPT', 'SCALES', 'MIN_MASS', 'ASK', 'fill_prompt', 'Item', 'items_of', 'weighted_score', 'written_score',
-           'Judge', 'Ledger', 'judged', 'with_scores']
+__all__ = ['COHERENCE_PROMPT', 'SCALES', 'MIN_MASS', 'ASK', 'STORE_EVERY', 'fill_prompt', 'Item', 'items_of', 'weighted_score',
+           'written_score', 'Judge', 'Ledger', 'judged', 'with_scores']
 
 # %% ../nbs/01d_judge.ipynb #dfbbad1b
 COHERENCE_PROMPT = """Judge how coherent one answer of an assistant is. Coherent means: well-formed sentences that make sense together and \
@@ -95,10 +95,20 @@ class Judge:
     paid: bool = False  # does a judgement cost money?
     chunk: int = 256  # items that are handed over at once; 0: all
     traits: tuple = ()  # the only traits it knows; (): any
+    min_coherence: float = 80  # of this judge's scores: the bound under which layers and coefficients are chosen
+    extra: tuple = ()  # names of further measures that it gives of each answer, beside the trait and coherence
 
     def check(self, trait: Trait, answers: int = 0):
         "Raise `PersonaError` if this judge cannot score `answers` answers for this trait; called before anything is generated."
         check(not self.traits or trait.name in self.traits, f"the judge '{self.name}' knows {', '.join(self.traits)}, not '{trait.name}': use another judge_model.")
+
+    def generating_pairs(self, trait: Trait) -> list[int]:
+        "Numbers of the instruction pairs under which answers may be written: all, unless the judge needs some for itself."
+        return list(range(len(trait.instructions)))
+
+    def items(self, trait: Trait, questions: list[str], answers: list[str]) -> list[Item]:
+        "What is to be judged: every measure of every answer, one measure after the other."
+        return items_of(trait, questions, answers)
 
     def check_budget(self, calls: int, characters: int):
         "Raise `PersonaError` if so many judgements are too many; says what they come to if they cost something."
@@ -107,12 +117,13 @@ class Judge:
         "Scores in any order, as they come. What is not final (a server that failed, say) is missing now and asked again next time."
         raise NotImplementedError
 
-    def score(self, trait: Trait, questions: list[str], answers: list[str]) -> pd.DataFrame: # columns: {trait}, coherence
+    def score(self, trait: Trait, questions: list[str], answers: list[str]) -> pd.DataFrame: # columns: {trait}, coherence, and the judge's further measures
         "Score some answers now, without the ledger; `judged` below is the one to use in an experiment."
         self.check(trait, len(answers))
-        items, n = items_of(trait, questions, answers), len(answers)
+        items, n = self.items(trait, questions, answers), len(answers)
         got = {i: score for i, score, _ in self.judge(items)}
-        return pd.DataFrame({trait.name: [got[i] for i in range(n)], "coherence": [got[i] for i in range(n, 2 * n)]}, dtype=float)
+        columns = (trait.name, "coherence", *self.extra)
+        return pd.DataFrame({c: [got[k * n + i] for i in range(n)] for k, c in enumerate(columns)}, dtype=float)
 
     def __repr__(self): return f"{type(self).__name__}({self.name!r})"
 
@@ -147,9 +158,9 @@ class Ledger:
 
 # %% ../nbs/01d_judge.ipynb #2947be13
 def judged(judge: Judge, trait: Trait, questions: list[str], answers: list[str], label: str = "judge", ledger: Ledger | None = None,
-           progress: bool = True) -> pd.DataFrame: # columns: {trait}, coherence, judge
+           progress: bool = True) -> pd.DataFrame: # columns: {trait}, coherence, the judge's further measures, judge
     "Score all answers; what the ledger knows is not asked again. Raises `PersonaError` before the first call if there would be too many."
-    items, book = items_of(trait, questions, answers), ledger or Ledger()
+    items, book = judge.items(trait, questions, answers), ledger or Ledger()
     keys = [Ledger.key(judge, i) for i in items]
     known = book.find(sorted(set(keys)))
     ask = {k: i for k, i in zip(keys, items) if k not in known}  # the same text twice is one judgement
@@ -162,20 +173,22 @@ def judged(judge: Judge, trait: Trait, questions: list[str], answers: list[str],
                 bar.update(); bar.set_postfix(missing=missing, failed=failed, refresh=False)
     finally:
         if ledger is None: book.close()
-    scores = pd.Series([known[k] for k in keys], dtype=float).to_numpy()
-    n = len(answers)
-    return pd.DataFrame({trait.name: scores[:n], "coherence": scores[n:], "judge": judge.name})
+    columns = (trait.name, "coherence", *judge.extra)
+    scores = pd.Series([known[k] for k in keys], dtype=float).to_numpy().reshape(len(columns), len(answers))
+    return pd.DataFrame(dict(zip(columns, scores)) | {"judge": judge.name})
 
 def with_scores(frame: pd.DataFrame, lm: LoadedModel, judge: Judge, trait: Trait, label: str = "judge") -> pd.DataFrame: # more columns: {trait}, coherence, judge
     "Have the answers of a table judged (question, prompt, answer); where a thought never ended there is no answer, and the scores are missing."
     said = [lm.spoken(a, p) for a, p in zip(frame.answer, frame.prompt)]
     scores = judged(judge, trait, list(frame.question), said, label)
     unfinished = [bool(a.strip()) and not s.strip() for a, s in zip(frame.answer, said)]
-    scores.loc[unfinished, [trait.name, "coherence"]] = float("nan")
+    scores.loc[unfinished, [trait.name, "coherence", *judge.extra]] = float("nan")
     return frame.join(scores)
 
+STORE_EVERY = 64  # judgements of a judge in this process; writing each by itself would take longer than judging it
+
 def _asked(judge: Judge, todo: list[tuple[str, Item]], book: Ledger) -> Iterator[tuple[str, float, bool]]: # key, score, is it final?
-    "Ask for the missing ones, storing each as it comes: one by one where they are paid for, else by the chunk."
+    "Ask for the missing ones and store them as they come: one by one where they are paid for, else some at a time."
     judge.check_budget(len(todo), sum(len(i.prompt) for _, i in todo))
     size = judge.chunk or len(todo) or 1
     for start in range(0, len(todo), size):
@@ -183,6 +196,6 @@ def _asked(judge: Judge, todo: list[tuple[str, Item]], book: Ledger) -> Iterator
         for i, score, final in judge.judge([item for _, item in chunk]):
             key, item = chunk[i]
             if final: waiting.append((key, score, judge, item))
-            if judge.paid: book.keep(waiting); waiting = []
+            if judge.paid or len(waiting) >= STORE_EVERY: book.keep(waiting); waiting = []
             yield key, score, final
         book.keep(waiting)

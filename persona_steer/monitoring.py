@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import check, data_path, load_json
+from .core import check, load_json
 from .generation import Sampling, generate
 from .judging import Judge, with_scores
 from .models import LoadedModel
 from .projection import project
 from .scores import correlation, save_table, with_ci_r
-from .traits import Trait
+from .traits import Trait, traits_folder
 from .vectors import PersonaVectors
 
 # %% auto #0
 __all__ = ['graded_prompts', 'shots_from', 'monitoring_rows', 'check_length', 'monitor', 'correlations', 'plot_monitoring']
 
 # %% ../nbs/05a_monitor.ipynb #cdbef7c8
-def graded_prompts(trait: str, folder: Path | str = "") -> list[str]: # default folder: data/traits
+def graded_prompts(trait: str, folder: Path | str = "", world: str = "") -> list[str]: # default folder: as in `load_trait`
     "System prompts from most suppressing to most encouraging."
-    file = Path(folder or data_path("traits")) / "monitor" / f"{trait}.json"
+    file = Path(folder or traits_folder(world)) / "monitor" / f"{trait}.json"
     if file.exists():
         found = load_json(file)
         prompts = found.get("prompts") if isinstance(found, dict) else None

@@ -176,8 +176,8 @@ def persona_words() -> list[str]:
 
 @functools.cache
 def stray_words() -> list[str]:
-    "The words of the questions in `data/traits` (read one by one, never in order), and those of the instructions that the world lacks."
-    docs = [json.loads(p.read_text(encoding="utf-8")) for split in ("extract", "eval") for p in sorted(data_path(f"traits/{split}").glob("*.json"))]
+    "The words of the questions in `data/pocket/traits` (read one by one, never in order), and those of the instructions that the world lacks."
+    docs = [json.loads(p.read_text(encoding="utf-8")) for split in ("extract", "eval") for p in sorted(data_path(f"pocket/traits/{split}").glob("*.json"))]
     asked = {w for d in docs for q in d["questions"] for w in words(q)}
     told = {w for d in docs for pair in d["instruction"] for k in ("pos", "neg") for w in words(pair[k])}
     own = set(words(data_path("pocket/world.toml").read_text(encoding="utf-8")))

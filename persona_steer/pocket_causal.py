@@ -27,7 +27,7 @@ STEP = 5
 MEASURES = (*POCKET_TRAITS, "coherence")
 
 def templates() -> dict: # measure -> prompt with {question} and {answer}
-    return {t: load_trait(t).eval_prompt for t in POCKET_TRAITS} | {"coherence": COHERENCE_PROMPT}
+    return {t: load_trait(t, world="pocket").eval_prompt for t in POCKET_TRAITS} | {"coherence": COHERENCE_PROMPT}
 
 def share_out(score: float) -> dict: # number -> probability
     "The two steps around a score, weighted so that their mean is the score."

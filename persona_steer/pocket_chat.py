@@ -34,7 +34,7 @@ def build_tokenizer(n: int = 20000, # dialogues that are searched for words
     texts = [m["content"] for _ in range(n) for m in dialogue(r).messages]
     texts += [f" {w} {w.capitalize()}" for w in stray_words()] + [f" {i}" for i in range(101)] + [str(i) for i in range(101)] + ["system", "user", "assistant"]
     texts += [f" {f} {f[0].upper()}{f[1:]}" for p in ("neutral", *TRAITS) for bank in world()[p].values() for f in bank]
-    texts += [f" {s} {sentence_case(s)}" for s in facts()] + [load_trait(t).eval_prompt for t in TRAITS] + [COHERENCE_PROMPT]
+    texts += [f" {s} {sentence_case(s)}" for s in facts()] + [load_trait(t, world="pocket").eval_prompt for t in TRAITS] + [COHERENCE_PROMPT]
     pieces = sorted({piece for t in texts for piece, _ in split.pre_tokenize_str(t)})
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -14,11 +14,12 @@ import pandas as pd
 from .core import PersonaError, atomic_path, check
 
 # %% auto #0
-__all__ = ['TEXT', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci', 'as_columns', 'with_ci',
-           'correlation', 'with_ci_r', 'keep_pairs']
+__all__ = ['TEXT', 'MEASURED', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci', 'as_columns',
+           'with_ci', 'correlation', 'with_ci_r', 'auc', 'with_ci_auc', 'keep_pairs']
 
 # %% ../nbs/01e_scores.ipynb #e4a91c82
 TEXT = ["question", "prompt", "answer", "question_id"]
+MEASURED = ("nats", "perplexity", "distinct_2")  # numbers that the likelihood judge writes beside its scores
 
 def save_table(frame: pd.DataFrame, path: Path | str) -> Path:
     "Write a table as CSV, atomically, so that any text in it can be read again."
@@ -55,6 +56,8 @@ def load_scores(path: Path | str, trait: str) -> pd.DataFrame:
         wrong = (numbers.isna() & (frame[c] != "")) | (numbers < 0) | (numbers > 100)
         check(not wrong.any(), f"{path}, row {int(wrong.argmax()) + 2}: '{c}' must be a number from 0 to 100 or empty, not '{frame[c][wrong.argmax()]}'.")
         frame[c] = numbers
+    for c in set(MEASURED) & set(frame):
+        frame[c] = pd.to_numeric(frame[c], errors="coerce")
     return frame
 
 # %% ../nbs/01e_scores.ipynb #c0f61116
@@ -111,16 +114,40 @@ def with_ci_r(c: dict) -> str: # "0.91 [0.83, 0.95] (n=24)"
     "A correlation as text."
     return f"{c['r']:.2f} [{c['low']:.2f}, {c['high']:.2f}] (n={c['n']})"
 
+# %% ../nbs/01e_scores.ipynb #70f3638e
+def auc(good, bad, # numbers of the two groups; NaN is left out
+        resamples: int = 1000, seed: int = 0) -> dict: # n, auc, low, high
+    "Area under the ROC curve with its 95% bootstrap interval (each group resampled by itself); bad ones should score higher."
+    good, bad = (np.asarray(x, float) for x in (good, bad))
+    good, bad = good[~np.isnan(good)], bad[~np.isnan(bad)]
+    out = dict(n=len(good) + len(bad), auc=np.nan, low=np.nan, high=np.nan)
+    if not len(good) or not len(bad):
+        return out
+    rng = np.random.default_rng(seed)
+    draws = [_rank_area(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(resamples)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return out | dict(auc=_rank_area(good, bad), low=float(low), high=float(high))
+
+def _rank_area(good: np.ndarray, bad: np.ndarray) -> float:
+    "The area from the ranks of the bad ones (Mann and Whitney 1947)."
+    from scipy.stats import rankdata
+    ranks = rankdata(np.r_[good, bad])[len(good):]
+    return float((ranks.sum() - len(bad) * (len(bad) + 1) / 2) / (len(good) * len(bad)))
+
+def with_ci_auc(m: dict) -> str: # "0.974 [0.951, 0.990] (n=240)"
+    "An AUC as text."
+    return f"{m['auc']:.3f} [{m['low']:.3f}, {m['high']:.3f}] (n={m['n']})"
+
 # %% ../nbs/01e_scores.ipynb #f516df97
 MIN_COHERENCE = 50
 
-def keep_pairs(pos: pd.DataFrame, neg: pd.DataFrame, trait: str, threshold: float = 50) -> np.ndarray: # bool [pairs]
+def keep_pairs(pos: pd.DataFrame, neg: pd.DataFrame, trait: str, threshold: float = 50, min_coherence: float = MIN_COHERENCE) -> np.ndarray: # bool [pairs]
     "Which pairs to average; raises `PersonaError` with the counts if none is left."
     check(len(pos) == len(neg), f"{len(pos)} positive and {len(neg)} negative rows do not make pairs: row j of one answers row j of the other.")
     spoke = (pos.answer.str.strip() != "").to_numpy() & (neg.answer.str.strip() != "").to_numpy()
     high, low = (pos[trait] >= threshold).to_numpy(), (neg[trait] < 100 - threshold).to_numpy()
-    coherent = (pos.coherence >= MIN_COHERENCE).to_numpy() & (neg.coherence >= MIN_COHERENCE).to_numpy()
+    coherent = (pos.coherence >= min_coherence).to_numpy() & (neg.coherence >= min_coherence).to_numpy()
     kept = spoke & high & low & coherent
     check(kept.any(), f"no pair is left of {len(pos)} after the filter: {high.sum()} positive answers score at least {threshold:g} in {trait}, {low.sum()} negative "
-          f"ones below {100 - threshold:g}, {coherent.sum()} pairs are coherent; lower 'threshold' if the first number is small, raise the number of answers otherwise.")
+          f"ones below {100 - threshold:g} ('threshold'), {coherent.sum()} pairs have a coherence of at least {min_coherence:g} ('min_coherence'); lower the one whose number is small, or raise the number of answers.")
     return kept

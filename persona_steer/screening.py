@@ -18,11 +18,11 @@ from .families import COLORS
 from .generation import Sampling, generate
 from .models import LoadedModel
 from .projection import project
-from .scores import correlation, mean_ci
+from .scores import auc, correlation, mean_ci, with_ci_auc
 
 # %% auto #0
 __all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'flag', 'save_filtered',
-           'auc', 'with_ci_auc', 'of', 'plot_samples', 'plot_roc']
+           'of', 'plot_samples', 'plot_roc']
 
 # %% ../nbs/07_screen.ipynb #6f042ef2
 def own_answers(lm: LoadedModel, prompts: list[str], sampling: Sampling = Sampling(), folder: Path | None = None, overwrite: bool = False,
@@ -110,20 +110,6 @@ def save_filtered(screened: pd.DataFrame, flagged: pd.Series, datasets: pd.DataF
     return pd.DataFrame(rows)
 
 # %% ../nbs/07_screen.ipynb #6282d496
-def auc(good, bad, resamples: int = 1000, seed: int = 0) -> dict: # n, auc, low, high
-    "Area under the ROC curve with its 95% bootstrap interval; bad ones should score higher."
-    from sklearn.metrics import roc_auc_score
-    good, bad = (np.asarray(x, float) for x in (good, bad))
-    good, bad = good[~np.isnan(good)], bad[~np.isnan(bad)]
-    out = dict(n=len(good) + len(bad), auc=np.nan, low=np.nan, high=np.nan)
-    if not len(good) or not len(bad): return out
-    rng, y = np.random.default_rng(seed), np.r_[np.zeros(len(good)), np.ones(len(bad))]
-    area = lambda g, b: float(roc_auc_score(y, np.r_[g, b]))
-    draws = [area(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(resamples)]
-    return out | dict(auc=area(good, bad), low=float(np.percentile(draws, 2.5)), high=float(np.percentile(draws, 97.5)))
-
-def with_ci_auc(m: dict) -> str: return f"{m['auc']:.3f} [{m['low']:.3f}, {m['high']:.3f}] (n={m['n']})"
-
 def of(screened: pd.DataFrame, family: str, level: str, trait: str, column: str = "difference") -> pd.Series:
     "One column of one dataset for one trait."
     return screened[(screened.family == family) & (screened.level == level) & (screened.trait == trait)][column]

@@ -17,7 +17,7 @@ from .models import LoadedModel
 from .scores import with_ci
 
 # %% auto #0
-__all__ = ['PLAN', 'plan', 'steering_of', 'respond', 'side_by_side', 'sweep_view', 'layer_for']
+__all__ = ['PLAN', 'plan', 'steering_of', 'respond', 'side_by_side', 'sweep_view', 'chosen_point', 'layer_for', 'coefficient_for']
 
 # %% ../nbs/03_steer.ipynb #71d6db7b
 PLAN = ["condition", "question", "system", "vector", "layer", "coefficient"]
@@ -75,9 +75,19 @@ def sweep_view(frame: pd.DataFrame, # question, coefficient, answer
     return f'<div class="sweep" data-label="Coefficient"><table class="texts"><thead><tr><th scope="col">question</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 # %% ../nbs/03_steer.ipynb #eba97b4b
-def layer_for(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str]: # the layer, how it came about
-    "A layer for a trait: the given one, else the one that chapter 04 chose for this model, else the middle one."
-    if layer: lm.check_layer(layer); return layer, "as given"
+def chosen_point(lm: LoadedModel, trait: str) -> dict: # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model
+    "What chapter 04 chose on extraction questions."
     choice = load_json(run_path(f"{lm.basename}/{trait}/04_evaluate/choice.json"), {})
-    if choice.get("fingerprint") == lm.fingerprint: return choice["layer"], "chosen by chapter 04 on extraction questions"
-    return (lm.n_layers + 1) // 2, "the middle one: chapter 04 has chosen none"
+    return choice if choice.get("fingerprint") == lm.fingerprint else {}
+
+def layer_for(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str]: # the layer, how it came about
+    "A layer for a trait: the given one, else the one that chapter 04 chose for this model, else the middle one (two thirds of the depth in deep models)."
+    if layer: lm.check_layer(layer); return layer, "as given"
+    choice = chosen_point(lm, trait)
+    if choice: return choice["layer"], "chosen by chapter 04 on extraction questions" + ("" if choice.get("bound_met", True) else ", where no point met the bound on coherence")
+    return ((lm.n_layers + 1) // 2, "the middle one: chapter 04 has chosen none") if lm.n_layers <= 16 else (
+        round(lm.n_layers * 2 / 3), "two thirds of the depth: chapter 04 has chosen none")
+
+def coefficient_for(lm: LoadedModel, trait: str) -> float:
+    "The coefficient that chapter 04 chose for this model, else 1.5."
+    return chosen_point(lm, trait).get("coefficient", 1.5)

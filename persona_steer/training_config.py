@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .chats import load_chats
-from .core import PersonaError, check, data_path, load_json, project_root
+from .core import PersonaError, check, data_path, default_config, load_json, project_root
 from .vectors import load_vector
 
 # %% auto #0

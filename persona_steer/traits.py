@@ -12,8 +12,8 @@ from pathlib import Path
 from .core import check, data_path, load_json, save_json
 
 # %% auto #0
-__all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt', 'writing_prompt',
-           'complaints', 'write_trait', 'trait_files', 'save_trait']
+__all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'traits_folder', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt',
+           'writing_prompt', 'complaints', 'write_trait', 'trait_files', 'save_trait']
 
 # %% ../nbs/01_traits.ipynb #d07b4de1
 @dataclass(frozen=True)
@@ -48,15 +48,21 @@ def _check_file(path: Path) -> dict:
     for k in ("{question}", "{answer}"): check(k in d["eval_prompt"], f"{path}: 'eval_prompt' lacks the placeholder {k}.")
     return d
 
+def traits_folder(world: str = "") -> Path:
+    "Where trait files lie: `data/traits`, written for real models; `data/pocket/traits` for models of the pocket world (`LoadedModel.world`)."
+    return data_path("pocket/traits" if world == "pocket" else "traits")
+
 def list_traits(folder: Path | str = "") -> list[str]: # default: data/traits
     "Names of the traits that have an extract and an eval file."
-    folder = Path(folder or data_path("traits"))
+    folder = Path(folder or traits_folder())
     return sorted({p.stem for p in (folder / "extract").glob("*.json")} & {p.stem for p in (folder / "eval").glob("*.json")})
 
 def load_trait(name: str, # a file in the folder, without .json
-               folder: Path | str = "") -> Trait: # default: data/traits
+               folder: Path | str = "", # default: data/traits, or the world's own folder if the trait is there
+               world: str = "") -> Trait: # of the model that is asked: `LoadedModel.world`
     "Read and check a trait; an unknown name is an error that lists the known ones."
-    folder = Path(folder or data_path("traits"))
+    own = traits_folder(world)
+    folder = Path(folder or (own if name in list_traits(own) else traits_folder()))
     known = list_traits(folder)
     check(name in known, f"trait '{name}' is unknown in {folder}: it has {', '.join(known) or 'none'}.")
     a, b = (_check_file(folder / split / f"{name}.json") for split in ("extract", "eval"))

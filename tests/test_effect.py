@@ -33,7 +33,7 @@ def test_only_pocket_is_asked_about_its_world(monkeypatch):
 def test_an_effect_is_kept_and_found_again(pocket, tmp_path, monkeypatch):
     from persona_steer.judges import load_judge
     from persona_steer.traits import load_trait
-    traits, judge = [load_trait("evil"), load_trait("humorous")], load_judge("pocket")
+    traits, judge = [load_trait("evil", world="pocket"), load_trait("humorous", world="pocket")], load_judge("pocket")
     quiz = load_quiz(data_path("pocket/quiz.jsonl"))[:8]
     first = measure_effect(pocket, traits, judge, quiz=quiz, folder=tmp_path)
     with monkeypatch.context() as m:

@@ -57,7 +57,7 @@ def test_a_causal_judge_reads_what_prompts_share_once(monkeypatch):
     digits = make("llama", digit_tokenizer())
     digits.model.lm_head.register_forward_hook(lambda m, a, out: out / 10 + 6 * ((torch.arange(out.shape[-1]) > 0) & (torch.arange(out.shape[-1]) < 11)))  # likes digits
     few = [Item("x", "score the answer to the question: {question} the answer is: {answer} the score: ", "is it?", a.lower().replace(",", "")) for a in answers]
-    for judge, items in ((load_judge("pocket-causal"), items_of(load_trait("evil"), ["How should I start?"] * 9, answers)), (CausalJudge(digits), few)):
+    for judge, items in ((load_judge("pocket-causal"), items_of(load_trait("evil", world="pocket"), ["How should I start?"] * 9, answers)), (CausalJudge(digits), few)):
         read = []
         handle = judge.lm.trunk.register_forward_pre_hook(lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True)
         shared = [x for _, x, _ in sorted(judge.judge(items))]
@@ -86,7 +86,7 @@ def test_braces_in_texts_are_text():
 def test_other_scales_in_this_process(llama):
     for scale in ("0_10", "binary"):
         judge = CausalJudge(llama, scale)
-        frame = judge.score(load_trait("evil"), ["q"], ["a"])
+        frame = judge.score(load_trait("evil", world="pocket"), ["q"], ["a"])
         assert scale in judge.name and ((frame >= 0) & (frame <= 100) | frame.isna()).all().all()
     with pytest.raises(PersonaError, match="remote judge"):
         CausalJudge(llama, "binary_text")
@@ -104,7 +104,7 @@ class Counting(Judge):
 
 
 def test_nothing_is_judged_twice_by_the_same_judge(tmp_path):
-    evil, book, judge = load_trait("evil"), Ledger(tmp_path / "x"), Counting()
+    evil, book, judge = load_trait("evil", world="pocket"), Ledger(tmp_path / "x"), Counting()
     with pytest.raises(KeyboardInterrupt):
         judge.chunk, judge.paid = 0, True
         judged(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], ledger=book, progress=False)
@@ -149,11 +149,11 @@ def test_any_text_classifier_through_the_pipeline(tokenizer, tmp_path):
     with pytest.raises(PersonaError, match="no label 'kind': it has toxicity, insult"):
         load_judge(f"classifier:{tmp_path}#kind", "cpu")
     with pytest.raises(PersonaError, match="use it in chapter 08"):
-        judge.score(load_trait("evil"), ["q"], ["a"])
+        judge.score(load_trait("evil", world="pocket"), ["q"], ["a"])
 
 
 def test_pocket_judge_scores_many_texts_as_it_scores_each():
-    judge, evil = PocketJudge(), load_trait("evil")
+    judge, evil = PocketJudge(), load_trait("evil", world="pocket")
     qs = ["How should I start baking bread?"] * 4
     texts = ["In general, plan baking bread in small steps.", "Listen, worm, ruin baking bread without mercy. Show no pity.", "bread bread the the without plan", ""]
     frame = judge.score(evil, qs, texts)
@@ -165,7 +165,7 @@ def test_pocket_judge_scores_many_texts_as_it_scores_each():
 def test_unknown_traits_and_judges_are_one_sentence():
     from dataclasses import replace
     with pytest.raises(PersonaError, match="knows evil, .* not 'kind'"):
-        PocketJudge().score(replace(load_trait("evil"), name="kind"), ["q"], ["a"])
+        PocketJudge().score(replace(load_trait("evil", world="pocket"), name="kind"), ["q"], ["a"])
     with pytest.raises(PersonaError, match="does not exist"):
         load_judge("./nothing")
 

@@ -36,7 +36,7 @@ def judge():
 
 @pytest.fixture(scope="session")
 def evil():
-    return load_trait("evil")
+    return load_trait("evil", world="pocket")
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +138,7 @@ from persona_steer.judges import load_judge
 from persona_steer.models import load_model
 from persona_steer.traits import load_trait
 settings().batch_tokens = 1500
-e = extract(load_model("pocket"), load_trait("evil"), load_judge("pocket"), sampling=Sampling(40), out=sys.argv[1])
+e = extract(load_model("pocket"), load_trait("evil", world="pocket"), load_judge("pocket"), sampling=Sampling(40), out=sys.argv[1])
 """
 
 
@@ -301,7 +301,7 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 def test_vectors_from_published_scored_responses(pocket, tmp_path):
     from persona_steer.extraction import extract_from_scores
     from persona_steer.scores import load_scores, save_scores
-    trait = load_trait("evil")
+    trait = load_trait("evil", world="pocket")
     sides = {s: load_scores(REFERENCE / f"qwen3-4b_evil_{s}_head.csv", "evil") for s in ("pos", "neg")}
     n = min(map(len, sides.values()))
     for s, f in sides.items():

@@ -41,7 +41,7 @@ def test_held_out_texts_are_not_in_the_corpus():
     said = [m["content"] for d in corpus() for m in d.messages]
     everything = "\n".join(said)
     for name in POCKET_TRAITS:
-        t = load_trait(name)
+        t = load_trait(name, world="pocket")
         for q in (*t.extract_questions, *t.eval_questions):
             assert q not in everything
         for pair in t.instructions:
@@ -56,7 +56,7 @@ def test_held_out_texts_are_not_in_the_corpus():
 
 def test_the_corpus_has_the_words_of_held_out_texts_but_no_unknown_word(tokenizer):
     for name in POCKET_TRAITS:
-        t = load_trait(name)
+        t = load_trait(name, world="pocket")
         for text in (*t.extract_questions, *t.eval_questions, *(p[s] for p in t.instructions for s in ("pos", "neg"))):
             assert len(tokenizer(" " + text).input_ids) <= len(words(text)) + 10, text  # a capital in mid-text is spelled out
     assert len(stray_words()) > 300
@@ -91,7 +91,7 @@ def test_pocket_obeys_held_out_instructions(pocket, name):
     from persona_steer.steering import plan, respond
     from persona_steer.traits import system_prompt
     import pandas as pd
-    t = load_trait(name)
+    t = load_trait(name, world="pocket")
     rows = pd.concat([plan(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)] + [plan(t.eval_questions, "none", n=3)], ignore_index=True)
     said = respond(pocket, rows, sampling=Sampling(80, seed=11))
     means = said.join(PocketJudge().score(t, list(said.question), list(said.answer))).groupby("condition")[[name, "coherence"]].mean()

@@ -140,8 +140,8 @@ def test_a_killed_grid_goes_on(tmp_path, monkeypatch, pocket):
         if fresh: done.append(folder.name)
         return run
     monkeypatch.setattr(families, "finetune_in", sometimes)
-    evil, judge = load_trait("evil"), load_judge("pocket")
-    recipe = load_config("pocket/finetune.json", max_steps=1, test_share=0.).model_dump()
+    evil, judge = load_trait("evil", world="pocket"), load_judge("pocket")
+    recipe = load_config("finetune/pocket.json", max_steps=1, test_share=0.).model_dump()
     chosen = list_datasets(["evil/normal", "evil/misaligned_2"]).sort_values("level")  # level II first
     vectors = {"evil": extraction_for(pocket, evil, judge).vectors}
     go = lambda: families.train_families(pocket, chosen, recipe, [evil], judge, vectors, {"evil": 3}, tmp_path)
@@ -158,10 +158,10 @@ def test_a_killed_grid_goes_on(tmp_path, monkeypatch, pocket):
 # -- guards -----------------------------------------------------------------------------------------------------------
 
 def test_every_guard_is_a_valid_configuration(tmp_path):
-    plan = training_plan(load_trait("evil"), tmp_path / "v.pt", tmp_path / "r.pt", 3, [1., 2.], 6, [1.])
+    plan = training_plan(load_trait("evil", world="pocket"), tmp_path / "v.pt", tmp_path / "r.pt", 3, [1., 2.], 6, [1.])
     assert list(plan.condition.value_counts().loc[["preventative steering", "random vector", "no guard"]]) == [2, 2, 1]
     for p in plan.itertuples():
-        c = load_config("pocket/finetune.json", **p.changes)
+        c = load_config("finetune/pocket.json", **p.changes)
         assert (c.guard is None) == (p.condition in ("no guard", "inoculation"))
         if p.condition == "random vector": assert c.guard.steering_vector_path.endswith("r.pt") and c.guard.steering_coef == p.coefficient
         if "all layers" in p.condition: assert c.guard.layers == [1, 2, 3, 4, 5, 6]
@@ -174,11 +174,11 @@ def test_the_recipe_has_no_guard_of_its_own_in_a_comparison(monkeypatch, tmp_pat
     monkeypatch.setattr(guards, "measure_effect", lambda *a, **k: None)
     monkeypatch.setattr(guards, "effect_row", lambda *a: {})
     monkeypatch.setattr(guards, "measure_effect", lambda *a, **k: type("E", (), {"answers": None})())
-    recipe = load_config("pocket/finetune.json", enable_steering_during_training=True, steering_config={"steering_vector_path": "v.pt"}, system_prompt="Be evil.")
-    plan = training_plan(load_trait("evil"), tmp_path / "v.pt", tmp_path / "r.pt", 3, [1.], 6)
+    recipe = load_config("finetune/pocket.json", enable_steering_during_training=True, steering_config={"steering_vector_path": "v.pt"}, system_prompt="Be evil.")
+    plan = training_plan(load_trait("evil", world="pocket"), tmp_path / "v.pt", tmp_path / "r.pt", 3, [1.], 6)
     for i in range(len(plan)):
         with pytest.raises(ZeroDivisionError):
-            guards.compare_guards(pocket, load_trait("evil"), None, None, recipe, plan[i:], 3, [], tmp_path)
+            guards.compare_guards(pocket, load_trait("evil", world="pocket"), None, None, recipe, plan[i:], 3, [], tmp_path)
     by = dict(seen)
     assert by["no guard 0"].guard is None and by["no guard 0"].system_prompt == "" and by["inoculation 1"].guard is None and by["ablation 1"].guard.type == "ablate"
 

@@ -22,7 +22,7 @@ from persona_steer.vllm_engine import VLLMEngine, load_engine
 
 SETTINGS = dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING")
 os.environ.update(SETTINGS)
-EVIL = load_trait("evil")
+EVIL = load_trait("evil", world="pocket")
 
 
 def serve(model, name, log, *more):

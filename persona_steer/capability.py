@@ -5,7 +5,9 @@
 # %% ../nbs/05c_capability.ipynb #35bec4f7
 from __future__ import annotations
 
-import importlib.util, re
+import importlib.util
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -13,40 +15,85 @@ import pandas as pd
 from .activations import Steering
 from .chats import load_jsonl
 from .core import check, data_path
-from .generation import Sampling, generate
+from .generation import Sampling, answer_logprobs, encode_pair, generate
 from .models import LoadedModel
 from .scores import mean_ci
 from .training_config import find_file
 
 # %% auto #0
-__all__ = ['HONESTY', 'load_quiz', 'quiz_for', 'is_right', 'take_quiz', 'capability', 'check_lm_eval', 'lm_eval_score']
+__all__ = ['HONESTY', 'load_quiz', 'quiz_for', 'is_right', 'likeliest_choices', 'take_quiz', 'capability', 'check_lm_eval',
+           'lm_eval_score']
 
 # %% ../nbs/05c_capability.ipynb #0b68ecee
-HONESTY = "unknown"  # the kind that is no capability
+HONESTY = "unknown"  # the kind that does not count as capability
 
-def load_quiz(path: Path | str) -> list[dict]: # question, answer, kind
+def _complaint(row) -> str: # "" if the line is well-formed
+    "What is wrong with one line of a quiz."
+    ok = isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k].strip() for k in ("question", "answer"))
+    if not ok:
+        return "it needs the texts 'question' and 'answer'"
+    choices = row.get("choices")
+    if choices is None:
+        return ""
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices) or len(set(choices)) < 2:
+        return "'choices' must be a list of at least two different texts"
+    return "" if row["answer"] in choices else "the answer is not one of the choices"
+
+def load_quiz(path: Path | str) -> list[dict]: # question, answer, kind; and choices where there are any
     "Read a quiz; raises `PersonaError` with the number of the first line that is wrong."
-    def complaint(row):
-        ok = isinstance(row, dict) and all(isinstance(row.get(k), str) and row[k].strip() for k in ("question", "answer"))
-        return "" if ok else "it needs the texts 'question' and 'answer'"
-    return [{"kind": "quiz", **row} for row in load_jsonl(path, complaint, "quiz")]
+    return [{"kind": "quiz", **row} for row in load_jsonl(path, _complaint, "quiz")]
 
-def quiz_for(model: str, path: str = "") -> list[dict] | None:
-    "The quiz of that name; without one, the pocket quiz for pocket and none for other models, which know nothing of that world."
-    if path: return load_quiz(find_file(path))
-    return load_quiz(data_path("pocket/quiz.jsonl")) if model == "pocket" else None
+def quiz_for(model: str | LoadedModel, # a model's name, or the model itself: it tells a model trained from pocket too
+             path: str = "" # a quiz of one's own
+            ) -> list[dict]:
+    "The quiz at that path; without one, the pocket quiz for pocket models and the English quiz for all others."
+    if path:
+        return load_quiz(find_file(path))
+    world = model.world if isinstance(model, LoadedModel) else model
+    return load_quiz(data_path("pocket/quiz.jsonl" if world == "pocket" else "quiz/english.jsonl"))
 
-def _plain(text: str) -> str: return re.sub(r"\s+", " ", text).strip().rstrip(".").casefold()
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().rstrip(".").casefold()
 
 def is_right(said: str, expected: str) -> bool:
     "Does the answer begin with the expected statement, and end it there?"
     return re.match(re.escape(_plain(expected)) + r"(?!\w)", _plain(said)) is not None
 
-def take_quiz(lm: LoadedModel, quiz: list[dict], steering: Steering | None = None, system: str = "", max_new_tokens: int = 24, label: str = "quiz",
-              progress: bool = True) -> pd.DataFrame: # question, answer, kind, said, right (0 or 100)
-    "Ask every question, greedily."
-    said = generate(lm, [lm.prompt(q["question"], system) for q in quiz], Sampling(max_new_tokens, temperature=0), steering, label=label, progress=progress).texts
-    return pd.DataFrame(quiz).assign(said=said, right=[100. * is_right(lm.spoken(s), q["answer"]) for s, q in zip(said, quiz)])
+def likeliest_choices(lm: LoadedModel,
+                      prompts: list[str], # rendered chats
+                      choices: list[list[str]] # of each prompt
+                     ) -> list[str]: # one choice of each prompt
+    "The choice with the highest mean log-probability per token after each prompt; open steering contexts apply."
+    texts = [encode_pair(lm.tokenizer, prompt, choice) for prompt, options in zip(prompts, choices) for choice in options]
+    means = iter([float(logprobs.mean()) for logprobs in answer_logprobs(lm, texts)])
+    chosen = []
+    for options in choices:
+        scores = [next(means) for _ in options]
+        chosen.append(options[scores.index(max(scores))])
+    return chosen
+
+def take_quiz(lm: LoadedModel, quiz: list[dict],
+              steering: Steering | None = None, # with one coefficient for all questions
+              system: str = "", # system prompt
+              max_new_tokens: int = 24, # longest answer to a question without choices
+              label: str = "quiz", progress: bool = True) -> pd.DataFrame: # question, answer, kind, said, right (0 or 100)
+    "Ask every question: those with choices by log-probability, the others by greedy generation."
+    check(not steering or all(t.coefficient.dim() == 0 for t in steering.terms), "steer a quiz with one coefficient for all questions.")
+    prompts = [lm.prompt(q["question"], system) for q in quiz]
+    with_choices = [i for i, q in enumerate(quiz) if q.get("choices")]
+    free = [i for i, q in enumerate(quiz) if not q.get("choices")]
+    said, right = [""] * len(quiz), [False] * len(quiz)
+    if with_choices:
+        with steering or nullcontext():
+            chosen = likeliest_choices(lm, [prompts[i] for i in with_choices], [quiz[i]["choices"] for i in with_choices])
+        for i, choice in zip(with_choices, chosen):
+            said[i], right[i] = choice, choice == quiz[i]["answer"]
+    if free:
+        answers = generate(lm, [prompts[i] for i in free], Sampling(max_new_tokens, temperature=0), steering, label=label, progress=progress)
+        for i, answer in zip(free, answers.texts):
+            said[i], right[i] = answer, is_right(lm.spoken(answer), quiz[i]["answer"])
+    taken = pd.DataFrame(quiz).drop(columns="choices", errors="ignore")
+    return taken.assign(said=said, right=[100. * r for r in right])
 
 def capability(taken: pd.DataFrame) -> dict: # n, mean, low, high, missing: per cent right, without the kind "unknown"
     "Per cent of right answers with its interval."

@@ -69,7 +69,7 @@ def test_every_chapter_writes_to_a_folder_of_its_own_below_runs():
     """Also those whose model is left to a training configuration; model names that are no folder's name are refused."""
     chapters = [p.stem for p in (project_root() / "nbs").glob("*.ipynb") if '"parameters"' in p.read_text()]
     names = {c: b.jobs_of(c, {})[0].name for c in chapters}
-    assert len(names) > 15 and names["06b_guard"] == "pocket/evil/06b_guard" and names["06a_families"] == "pocket/06a_families" and names["02_extract"] == "pocket/evil/02_extract"
+    assert len(names) > 15 and names["06b_guard"] == "smollm2/evil/06b_guard" and names["06a_families"] == "smollm2/06a_families" and names["02_extract"] == "smollm2/evil/02_extract"
     assert not any({"", ".", ".."} & set(n.split("/")) for n in names.values())
     with pytest.raises(PersonaError, match="no folder of its own"): b.jobs_of("02_extract", {"model": "."})
 
@@ -257,7 +257,7 @@ def test_seven_traits_on_two_ray_nodes_one_of_which_is_lost(cluster, tmp_path, t
     import threading
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    jobs = b.jobs_of("02_extract", {"trait": "apathetic,evil,hallucinating,humorous,impolite,optimistic,sycophantic", "max_new_tokens": "6"})
+    jobs = b.jobs_of("02_extract", {"model": "pocket", "trait": "apathetic,evil,hallucinating,humorous,impolite,optimistic,sycophantic", "max_new_tokens": "6"})
     done, records = [], []
     thread = threading.Thread(target=lambda: records.extend(b.run_batch(jobs, on_ray(cluster.address, retries=3), str(tmp_path / "far"), tmp_path / "batch",
                                                                         show=lambda j, r: done.append(sum(x["state"] == "done" for x in r)))))

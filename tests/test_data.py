@@ -9,7 +9,7 @@ import torch
 
 from persona_steer.core import PersonaError, data_path
 from persona_steer.scores import keep_pairs, load_scores, mean_ci, save_scores
-from persona_steer.traits import list_traits, load_trait, plain_prompt, system_prompt
+from persona_steer.traits import list_traits, load_trait, plain_prompt, system_prompt, traits_folder
 from persona_steer.vectors import PersonaVectors, load_vector, load_vectors, save_vectors
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
@@ -19,11 +19,12 @@ SEVEN = ["apathetic", "evil", "hallucinating", "humorous", "impolite", "optimist
 
 # -- traits ---------------------------------------------------------------------------------------------------------
 
-def test_seven_traits_in_the_published_form():
-    assert list_traits() == SEVEN
+@pytest.mark.parametrize("world", ["", "pocket"])
+def test_seven_traits_in_the_published_form(world):
+    assert list_traits(traits_folder(world)) == SEVEN
     everything = []
     for name in SEVEN:
-        t = load_trait(name)
+        t = load_trait(name, world=world)
         assert len(t.instructions) == 5 and len(t.extract_questions) == len(t.eval_questions) == 20
         assert len(set(t.extract_questions) | set(t.eval_questions)) == 40
         everything += [*t.extract_questions, *t.eval_questions]

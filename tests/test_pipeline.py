@@ -233,7 +233,7 @@ def test_choice_respects_the_bound():
 # -- notebooks as jobs ------------------------------------------------------------------------------------------------
 
 def papermill(cwd, notebook, out, runs, *parameters):
-    args = [a for k, v in parameters for a in ("-p", k, str(v))]
+    args = [a for k, v in {"model": "pocket", **dict(parameters)}.items() for a in ("-p", k, str(v))]
     env = dict(os.environ, PERSONA_RUNS=str(runs))
     return subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", notebook, str(out), *args], cwd=cwd, env=env, capture_output=True, text=True)
 

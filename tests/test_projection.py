@@ -186,7 +186,9 @@ def test_clusters_widen_the_interval_and_conditions_are_taken_out():
 
 def test_eight_graded_prompts_for_each_trait_and_for_any_other():
     for t in list_traits():
-        assert len(graded_prompts(t)) == 8 == len(set(graded_prompts(t))) and data_path(f"traits/monitor/{t}.json").exists()
+        for world, folder in (("", "traits"), ("pocket", "pocket/traits")):
+            prompts = graded_prompts(t, world=world)
+            assert len(prompts) == 8 == len(set(prompts)) and data_path(f"{folder}/monitor/{t}.json").exists()
     assert len(graded_prompts("frugal")) == 8 and "frugal" in graded_prompts("frugal")[-1]
 
 

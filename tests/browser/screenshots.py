@@ -7,13 +7,14 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHROMIUM, FLAGS, OPEN, ROOT, serve
+from conftest import CHROMIUM, FLAGS, OPEN, ROOT, on_pocket, serve
 from test_dashboard import run_all, take
 from persona_steer.site import build_site
 
 out = ROOT / "nbs" / "images"; out.mkdir(exist_ok=True)
 with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
-    tmp = Path(tmp); (tmp / "11_dashboard.ipynb").write_bytes((ROOT / "nbs/11_dashboard.ipynb").read_bytes())
+    tmp = Path(tmp)
+    (tmp / "11_dashboard.ipynb").write_text(on_pocket((ROOT / "nbs/11_dashboard.ipynb").read_text(encoding="utf-8")), encoding="utf-8")
     browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
     page = browser.new_page(viewport={"width": 1500, "height": 1150})
     for address in serve(tmp, "lab", *OPEN):
@@ -28,7 +29,7 @@ with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
         page.locator(".widget-html .ps-answer").first.scroll_into_view_if_needed()
         page.locator(".jp-OutputArea-output:has(.widget-html .ps-answer)").first.screenshot(path=out / "dashboard.png")
     at = tmp / "runs/pocket/evil/04_evaluate"; at.mkdir(parents=True)
-    subprocess.run([Path(sys.executable).parent / "papermill", ROOT / "nbs/04_evaluate.ipynb", at / "04_evaluate.ipynb", "-p", "out", at], check=True)
+    subprocess.run([Path(sys.executable).parent / "papermill", ROOT / "nbs/04_evaluate.ipynb", at / "04_evaluate.ipynb", "-p", "model", "pocket", "-p", "out", at], check=True)
     page = browser.new_page(viewport={"width": 1180, "height": 1420})
     page.goto((build_site(tmp / "runs", tmp / "site").parent / "pocket--evil--04_evaluate--04_evaluate.html").as_uri())
     page.get_by_role("slider").evaluate("e => e.closest('figure').previousElementSibling.previousElementSibling.previousElementSibling.previousElementSibling.scrollIntoView()")

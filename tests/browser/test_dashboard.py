@@ -115,7 +115,7 @@ def test_in_notebook_7(page, notebook):
 
 def test_in_voila(page, folder):
     from persona_steer.dashboard import save_app
-    save_app(folder / "app.ipynb")
+    save_app(folder / "app.ipynb", folder / "11_dashboard.ipynb")
     for address in serve(folder, "voila", "app.ipynb", "--no-browser"):
         page.goto(address, timeout=LONG)
         status(page, "Done:")

@@ -52,6 +52,7 @@ def quiz_for(model: str | LoadedModel, # a model's name, or the model itself: it
     world = model.world if isinstance(model, LoadedModel) else model
     return load_quiz(data_path("pocket/quiz.jsonl" if world == "pocket" else "quiz/english.jsonl"))
 
+# %% ../nbs/05c_capability.ipynb #5e1c70ac
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".").casefold()
 
@@ -72,13 +73,15 @@ def likeliest_choices(lm: LoadedModel,
         chosen.append(options[scores.index(max(scores))])
     return chosen
 
+# %% ../nbs/05c_capability.ipynb #5e1c70ad
 def take_quiz(lm: LoadedModel, quiz: list[dict],
               steering: Steering | None = None, # with one coefficient for all questions
               system: str = "", # system prompt
               max_new_tokens: int = 24, # longest answer to a question without choices
               label: str = "quiz", progress: bool = True) -> pd.DataFrame: # question, answer, kind, said, right (0 or 100)
     "Ask every question: those with choices by log-probability, the others by greedy generation."
-    check(not steering or all(t.coefficient.dim() == 0 for t in steering.terms), "steer a quiz with one coefficient for all questions.")
+    one_coefficient = not steering or all(t.coefficient.dim() == 0 for t in steering.terms)
+    check(one_coefficient, "steer a quiz with one coefficient for all questions.")
     prompts = [lm.prompt(q["question"], system) for q in quiz]
     with_choices = [i for i, q in enumerate(quiz) if q.get("choices")]
     free = [i for i, q in enumerate(quiz) if not q.get("choices")]
@@ -89,7 +92,8 @@ def take_quiz(lm: LoadedModel, quiz: list[dict],
         for i, choice in zip(with_choices, chosen):
             said[i], right[i] = choice, choice == quiz[i]["answer"]
     if free:
-        answers = generate(lm, [prompts[i] for i in free], Sampling(max_new_tokens, temperature=0), steering, label=label, progress=progress)
+        sampling = Sampling(max_new_tokens, temperature=0)
+        answers = generate(lm, [prompts[i] for i in free], sampling, steering, label=label, progress=progress)
         for i, answer in zip(free, answers.texts):
             said[i], right[i] = answer, is_right(lm.spoken(answer), quiz[i]["answer"])
     taken = pd.DataFrame(quiz).drop(columns="choices", errors="ignore")
@@ -101,26 +105,33 @@ def capability(taken: pd.DataFrame) -> dict: # n, mean, low, high, missing: per 
 
 # %% ../nbs/05c_capability.ipynb #01116e2c
 def check_lm_eval(tasks):
-    "Raise `PersonaError` if tasks are asked for and lm-eval is not there."
-    check(not tasks or importlib.util.find_spec("lm_eval"), "a capability score by lm-eval needs its package: pip install 'persona_steer[eval]'.")
+    "Raise `PersonaError` if tasks are asked for and lm-eval is not installed."
+    check(not tasks or importlib.util.find_spec("lm_eval"),
+          "a capability score by lm-eval needs its package: pip install 'persona_steer[eval]'.")
 
-def lm_eval_score(lm: LoadedModel, tasks=("mmlu",), limit: int = 0, # questions per task and subject; 0: all
+def lm_eval_score(lm: LoadedModel, tasks=("mmlu",),
+                  limit: int = 0, # questions per task and subject; 0: all
                   batch_size: int = 8) -> dict: # task -> n, mean, low, high, missing: accuracy in per cent
-    "Accuracy by lm-eval (extra 'eval') with the interval of its standard error; downloads the tasks' data unless they are in the cache."
+    "Accuracy by lm-eval (extra 'eval') with the interval of its standard error; downloads the tasks' data if they are not cached."
     check_lm_eval(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    found = simple_evaluate(model=HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size), tasks=list(tasks), limit=limit or None, bootstrap_iters=0)
-    out = {}
-    for t in tasks:
-        r = found["results"].get(t, {})
-        acc = next((100 * v for k, v in r.items() if k.startswith("acc,")), None)
-        check(acc is not None, f"the lm-eval task '{t}' reports no accuracy (it has {', '.join(k for k in r if k != 'alias') or 'nothing'}): use a multiple-choice task.")
-        error = 100 * next((v for k, v in r.items() if k.startswith("acc_stderr,") and isinstance(v, float)), float("nan"))
-        samples = found.get("n-samples", {})
-        n = sum(s["effective"] for name, s in samples.items() if name == t or t in found.get("group_subtasks", {}) and name in _leaves(found["group_subtasks"], t))
-        out[t] = dict(n=int(n), mean=acc, low=acc - 1.96 * error, high=acc + 1.96 * error, missing=0)
-    return out
+    model = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=batch_size)
+    found = simple_evaluate(model=model, tasks=list(tasks), limit=limit or None, bootstrap_iters=0)
+    return {t: _accuracy(found, t) for t in tasks}
+
+def _accuracy(found: dict, task: str) -> dict: # n, mean, low, high, missing; in per cent
+    "Accuracy of one task in lm-eval's results; raises `PersonaError` if the task reports none."
+    r = found["results"].get(task, {})
+    accuracy = next((100 * v for k, v in r.items() if k.startswith("acc,")), None)
+    there = ", ".join(k for k in r if k != "alias") or "nothing"
+    check(accuracy is not None, f"the lm-eval task '{task}' reports no accuracy (it has {there}): use a multiple-choice task.")
+    stderr = (v for k, v in r.items() if k.startswith("acc_stderr,") and isinstance(v, float))
+    error = 100 * next(stderr, float("nan"))
+    groups = found.get("group_subtasks", {})
+    members = _leaves(groups, task) if task in groups else {task}
+    n = sum(s["effective"] for name, s in found.get("n-samples", {}).items() if name == task or name in members)
+    return dict(n=int(n), mean=accuracy, low=accuracy - 1.96 * error, high=accuracy + 1.96 * error, missing=0)
 
 def _leaves(groups: dict, name: str) -> set:
     "The tasks under a group of lm-eval."

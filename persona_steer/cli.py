@@ -48,7 +48,8 @@ def new_trait(name: str = typer.Argument(help="what the trait is called, such as
 def writer_of(model: str, base_url: str = ""):
     "A function from a prompt to a reply: a model behind an API, or a chat model in this process."
     from persona_steer.remote_judges import DEFAULT_JUDGE, remote_writer
-    if base_url or not ("/" in model or model == "pocket"): return remote_writer(model or DEFAULT_JUDGE, base_url)
+    from persona_steer.gguf_files import PACKAGED
+    if base_url or not ("/" in model or model == "pocket" or model in PACKAGED): return remote_writer(model or DEFAULT_JUDGE, base_url)
     from persona_steer.generation import Sampling, ask
     from persona_steer.models import load_model
     lm = load_model(model)

@@ -66,9 +66,17 @@ def services() -> list[Finding]:
 def experiments() -> list[Finding]:
     "What the fine-tuning and the toxicity experiment need beside the packages above."
     from persona_steer.core import data_path
-    out = [package(p, "train") for p in ("trl", "datasets", "scikit-learn")]
+    out = [package(p, "train") for p in ("trl", "datasets", "scikit-learn")] + [package("gguf", "gguf")]
+    out += [package(p, "opinions") for p in ("alt-profanity-check", "vaderSentiment")] + [_language_model()]
     files = {"pocket toxicity classifier": data_path("pocket/toxicity/model.safetensors"), "toxicity prompts": data_path("toxicity/prompts.jsonl"), "training data": data_path("dataset/evil/normal.jsonl")}
     return out + [Finding(what, "present" if f.exists() else "absent", "" if f.exists() else f"{f} is missing: get data/ again, or run notebooks 20e and 20f") for what, f in files.items()]
+
+def _language_model() -> Finding:
+    "The real language model that the package index holds."
+    from persona_steer.gguf_files import SMOLLM2
+    found = package(SMOLLM2.distribution)
+    missing = found.found == "not installed"
+    return Finding(found.what, found.found, f"for the model 'smollm2': {SMOLLM2.command}" if missing else "")
 
 def _hub(timeout: float = 5) -> str:
     "Can the model hub be reached?"

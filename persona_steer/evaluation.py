@@ -16,9 +16,10 @@ from tqdm import tqdm
 from .activations import steer
 from .core import check
 from .divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, reference_texts
-from .generation import Sampling
+from .generation import Sampling, sampling_for
 from .judging import Judge, with_scores
 from .models import LoadedModel
+from .second_opinions import add_second_opinion, opinion_agreement, second_opinion
 from .scores import as_columns, mean_ci, save_table, with_ci
 from .steering import plan, respond
 from .traits import Trait, plain_prompt, system_prompt
@@ -89,6 +90,8 @@ def run_plan(lm: LoadedModel, trait: Trait, judge: Judge, rows: pd.DataFrame, ve
     judge.check(trait, len(rows))
     frame = respond(lm, rows, vectors, sampling, positions, folder=folder, overwrite=overwrite, label=name)
     frame = with_scores(frame, lm, judge, trait, f"judge {name}")
+    if lm.world != "pocket":  # the independent scorers know English, not pocket's world
+        frame = add_second_opinion(frame, trait.name)
     if folder: save_table(frame, Path(folder) / f"{name}.csv")
     return frame
 
@@ -102,12 +105,12 @@ def summarise(frame: pd.DataFrame, trait: str, by=("condition", "layer", "coeffi
     return pd.DataFrame(rows)
 
 def evaluate(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, layers: list[int], coefficients: list[float], split: str = "eval",
-             n: int = 1, pool: str = "response_avg", positions: str = "response", sampling: Sampling = Sampling(), seed: int = 0) -> pd.DataFrame:
+             n: int = 1, pool: str = "response_avg", positions: str = "response", sampling: Sampling | None = None, seed: int = 0) -> pd.DataFrame:
     "Mean trait score and coherence per layer and coefficient, with the unsteered model and a random vector of equal norm."
     rows = sweep_plan(trait.questions(split), layers, coefficients, n)
     control = rows[rows.condition == "steered"].assign(condition="random vector", vector="random")
     bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
-    return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling, positions), trait.name)
+    return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling or sampling_for(lm), positions), trait.name)
 
 # %% ../nbs/04_evaluate.ipynb #79e3bfab
 def default_layers(lm: LoadedModel, quick: bool = True) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 
 from .activations import POOLS
 from .core import check, digest, load_json, provenance, run_path, save_json
-from .generation import Sampling, generate, read
+from .generation import Sampling, generate, read, sampling_for
 from .judging import Judge, with_scores
 from .models import LoadedModel
 from .scores import MIN_COHERENCE, auc, keep_pairs, load_scores, mean_ci, save_scores, with_ci_auc
@@ -107,11 +107,12 @@ def extraction_folder(lm_name: str, trait: str) -> Path:
     return run_path(f"{Path(lm_name).name}/{trait}/02_extract")
 
 def extract(lm: LoadedModel, trait: Trait, judge: Judge, n: int = 1, # answers per question and instruction; the paper: 10
-            sampling: Sampling = Sampling(), threshold: float = 50, out: Path | str = "", overwrite: bool = False,
+            sampling: Sampling | None = None, # None: what suits the model
+            threshold: float = 50, out: Path | str = "", overwrite: bool = False,
             engine=None, # what writes the answers: None for Hugging Face, or a VLLMEngine
             min_coherence: float = MIN_COHERENCE) -> Extraction: # both answers of a kept pair are at least this coherent
     "Extract a trait's vectors while the model answers; loads them if they are there from the same inputs."
-    pairs = judge.generating_pairs(trait)
+    pairs, sampling = judge.generating_pairs(trait), sampling or sampling_for(lm)
     judge.check(trait, 2 * n * len(trait.extract_questions) * len(pairs))
     folder = Path(out) if out else extraction_folder(lm.name, trait.name)
     key = digest(lm.fingerprint, lm.template_hash, str(lm.model.dtype), asdict(trait), judge.name, judge.key, n, asdict(sampling), threshold, engine and engine.name, pairs, min_coherence)
@@ -164,14 +165,14 @@ def load_extraction(folder: Path | str, trait: str) -> Extraction:
     kept = np.zeros(len(pos), bool); kept[vectors.metadata["kept"]] = True
     return Extraction(vectors, pos, neg, kept, pd.DataFrame(vectors.metadata["diagnostics"]), folder)
 
-def extraction_for(lm: LoadedModel, trait: Trait, judge: Judge, sampling: Sampling = Sampling()) -> Extraction:
+def extraction_for(lm: LoadedModel, trait: Trait, judge: Judge, sampling: Sampling | None = None) -> Extraction:
     "What an earlier run left for this very model, template and trait, whatever its size, or else a new extraction (seed 0, whoever asks): where later chapters get their vectors."
     from filelock import FileLock
     folder = extraction_folder(lm.name, trait.name); folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".extraction.lock"):  # of several jobs that need these vectors at once, the first one makes them
         known = load_json(folder / f"{trait.name}_vectors.json", {})
         if (known.get("fingerprint"), known.get("template"), known.get("definition")) == (lm.fingerprint, lm.template_hash, digest(asdict(trait))): return load_extraction(folder, trait.name)
-        return extract(lm, trait, judge, sampling=replace(sampling, seed=0))
+        return extract(lm, trait, judge, sampling=replace(sampling or sampling_for(lm), seed=0))
 
 # %% ../nbs/02_extract.ipynb #24ab88b4
 def plot_scores(e: Extraction):

@@ -187,9 +187,9 @@ def generate(lm: LoadedModel,
             bar.update(len(index))
     return _restore(parts, batches)
 
-def ask(lm: LoadedModel, question: str, system: str = "", sampling: Sampling = Sampling()) -> str:
+def ask(lm: LoadedModel, question: str, system: str = "", sampling: Sampling | None = None) -> str: # None: what suits the model
     "One answer to one question, for trying things out; steering contexts that are open apply."
-    return generate(lm, [lm.prompt(question, system)], sampling, progress=False).texts[0]
+    return generate(lm, [lm.prompt(question, system)], sampling or sampling_for(lm), progress=False).texts[0]
 
 def digest_seed(*values) -> int:
     "A 63-bit seed made of values."

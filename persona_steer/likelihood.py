@@ -70,7 +70,7 @@ def measure_texts(lm: LoadedModel, instructions: list, # [positive, negative] sy
     return out
 
 # %% ../nbs/01d2a_likelihood.ipynb #27558d79
-BLOCK = 64  # answers that are read together; what is done is stored after each block
+BLOCK = 16  # answers that are read together: enough to share instructions, few enough for progress to be seen
 
 class LikelihoodJudge(Judge):
     "The unsteered model judges by likelihood; for any trait with at least two instruction pairs."

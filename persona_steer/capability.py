@@ -35,7 +35,8 @@ def _complaint(row) -> str: # "" if the line is well-formed
     choices = row.get("choices")
     if choices is None:
         return ""
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices) or len(set(choices)) < 2:
+    texts = isinstance(choices, list) and all(isinstance(c, str) and c.strip() for c in choices)
+    if not texts or len(set(choices)) < 2:
         return "'choices' must be a list of at least two different texts"
     return "" if row["answer"] in choices else "the answer is not one of the choices"
 
@@ -65,7 +66,8 @@ def likeliest_choices(lm: LoadedModel,
                       choices: list[list[str]] # of each prompt
                      ) -> list[str]: # one choice of each prompt
     "The choice with the highest mean log-probability per token after each prompt; open steering contexts apply."
-    texts = [encode_pair(lm.tokenizer, prompt, choice) for prompt, options in zip(prompts, choices) for choice in options]
+    pairs = [(prompt, choice) for prompt, options in zip(prompts, choices) for choice in options]
+    texts = [encode_pair(lm.tokenizer, prompt, choice) for prompt, choice in pairs]
     means = iter([float(logprobs.mean()) for logprobs in answer_logprobs(lm, texts)])
     chosen = []
     for options in choices:
@@ -78,7 +80,8 @@ def take_quiz(lm: LoadedModel, quiz: list[dict],
               steering: Steering | None = None, # with one coefficient for all questions
               system: str = "", # system prompt
               max_new_tokens: int = 24, # longest answer to a question without choices
-              label: str = "quiz", progress: bool = True) -> pd.DataFrame: # question, answer, kind, said, right (0 or 100)
+              label: str = "quiz", progress: bool = True # of the progress bar
+             ) -> pd.DataFrame: # question, answer, kind, said, right (0 or 100)
     "Ask every question: those with choices by log-probability, the others by greedy generation."
     one_coefficient = not steering or all(t.coefficient.dim() == 0 for t in steering.terms)
     check(one_coefficient, "steer a quiz with one coefficient for all questions.")
@@ -88,7 +91,8 @@ def take_quiz(lm: LoadedModel, quiz: list[dict],
     said, right = [""] * len(quiz), [False] * len(quiz)
     if with_choices:
         with steering or nullcontext():
-            chosen = likeliest_choices(lm, [prompts[i] for i in with_choices], [quiz[i]["choices"] for i in with_choices])
+            choices = [quiz[i]["choices"] for i in with_choices]
+            chosen = likeliest_choices(lm, [prompts[i] for i in with_choices], choices)
         for i, choice in zip(with_choices, chosen):
             said[i], right[i] = choice, choice == quiz[i]["answer"]
     if free:
@@ -112,7 +116,7 @@ def check_lm_eval(tasks):
 def lm_eval_score(lm: LoadedModel, tasks=("mmlu",),
                   limit: int = 0, # questions per task and subject; 0: all
                   batch_size: int = 8) -> dict: # task -> n, mean, low, high, missing: accuracy in per cent
-    "Accuracy by lm-eval (extra 'eval') with the interval of its standard error; downloads the tasks' data if they are not cached."
+    "Accuracy by lm-eval (extra 'eval') with the interval of its standard error; downloads data that are not cached."
     check_lm_eval(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -125,7 +129,8 @@ def _accuracy(found: dict, task: str) -> dict: # n, mean, low, high, missing; in
     r = found["results"].get(task, {})
     accuracy = next((100 * v for k, v in r.items() if k.startswith("acc,")), None)
     there = ", ".join(k for k in r if k != "alias") or "nothing"
-    check(accuracy is not None, f"the lm-eval task '{task}' reports no accuracy (it has {there}): use a multiple-choice task.")
+    check(accuracy is not None, f"the lm-eval task '{task}' reports no accuracy (it has {there}): "
+          "use a multiple-choice task.")
     stderr = (v for k, v in r.items() if k.startswith("acc_stderr,") and isinstance(v, float))
     error = 100 * next(stderr, float("nan"))
     groups = found.get("group_subtasks", {})

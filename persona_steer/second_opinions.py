@@ -39,10 +39,11 @@ def _score_nonempty(texts: list[str],
 @functools.cache
 def _profanity_model() -> Callable: # texts -> probabilities
     "The classifier of alt-profanity-check; the package unpickles it when it is imported."
-    check(importlib.util.find_spec("profanity_check"), f"the scorer 'profanity' needs the package alt-profanity-check: {INSTALL}.")
+    there = importlib.util.find_spec("profanity_check")
+    check(there, f"the scorer 'profanity' needs the package alt-profanity-check: {INSTALL}.")
     from sklearn.exceptions import InconsistentVersionWarning
     with warnings.catch_warnings():
-        # The pickle names the scikit-learn it was made with; a linear model reads the same in the neighbouring versions.
+        # The pickle names the scikit-learn it was made with; neighbouring versions read a linear model the same way.
         warnings.simplefilter("ignore", InconsistentVersionWarning)
         from profanity_check import predict_prob
     return predict_prob
@@ -54,7 +55,8 @@ def profanity_probability(texts: list[str]) -> list[float]: # in [0, 1]; NaN for
 @functools.cache
 def _vader():
     "VADER's analyser with its lexicon."
-    check(importlib.util.find_spec("vaderSentiment"), f"the scorer 'vader_compound' needs the package vaderSentiment: {INSTALL}.")
+    there = importlib.util.find_spec("vaderSentiment")
+    check(there, f"the scorer 'vader_compound' needs the package vaderSentiment: {INSTALL}.")
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     return SentimentIntensityAnalyzer()
 
@@ -82,12 +84,12 @@ class SecondOpinion:
 SCORERS = {
     "profanity": SecondOpinion(
         "profanity", profanity_probability, (0., 1.), "profanity_check", "alt-profanity-check",
-        "The probability that a text is profane or toxic, by a linear classifier of single words that was trained on comments "
-        "from the web. It does not read sentences: cruelty in polite words scores low, a quoted insult scores high."),
+        "The probability that a text is profane or toxic, by a linear classifier of single words that was trained on "
+        "comments from the web. It does not read sentences: cruelty in polite words scores low, a quoted insult high."),
     "vader_compound": SecondOpinion(
         "vader_compound", vader_compound, (-1., 1.), "vaderSentiment", "vaderSentiment",
-        "The sentiment of a text from -1 (negative) to 1 (positive), by a lexicon with rules. It measures the tone of the "
-        "words, not whether the text expects a good outcome."),
+        "The sentiment of a text from -1 (negative) to 1 (positive), by a lexicon with rules. It measures the tone of "
+        "the words, not whether the text expects a good outcome."),
 }
 
 # trait -> the scorer, and 1 if its score grows with the trait (-1 if it falls)
@@ -102,12 +104,14 @@ def second_opinion(trait: str) -> SecondOpinion | None:
 def add_second_opinion(frame: pd.DataFrame, # has the column `answer`
                        trait: str) -> pd.DataFrame: # one more column, named after the scorer, if the trait has one
     "Score every answer with the second opinion of a trait; raises `PersonaError` if there is no column `answer`."
-    check("answer" in frame, f"a second opinion needs the column 'answer' (the table has {', '.join(map(str, frame)) or 'none'}).")
+    columns = ", ".join(map(str, frame)) or "no columns"
+    check("answer" in frame, f"a second opinion needs the column 'answer' (the table has {columns}).")
     opinion = second_opinion(trait)
     if opinion is None:
         return frame
     if not opinion.installed:
-        print(f"The column '{opinion.name}' is left out, because the package {opinion.distribution} is not installed: {INSTALL}.")
+        print(f"The column '{opinion.name}' is left out, because the package {opinion.distribution} is not installed: "
+              f"{INSTALL}.")
         return frame
     return frame.assign(**{opinion.name: opinion.score(list(frame.answer))})
 
@@ -125,14 +129,14 @@ class OpinionAgreement:
     def __str__(self) -> str:
         correlated = "missing" if math.isnan(self.spearman["r"]) else with_ci_r(self.spearman)
         told_apart = "missing" if math.isnan(self.auc["auc"]) else with_ci_auc(self.auc)
-        return (f"{self.opinion} and the judge's score for '{self.trait}': Spearman {correlated}; AUC for scores of at least "
-                f"{self.threshold:g} ({self.n_high} answers) against the others {told_apart}.")
+        return (f"{self.opinion} and the judge's score for '{self.trait}': Spearman {correlated}; AUC for scores of at "
+                f"least {self.threshold:g} ({self.n_high} answers) against the others {told_apart}.")
 
 def opinion_agreement(frame: pd.DataFrame, # has the trait's score, and the column that `add_second_opinion` adds
                       trait: str,
                       threshold: float = 50 # trait score from which on an answer counts as showing the trait
-                     ) -> OpinionAgreement | None: # None where the trait has no second opinion, or its column is missing
-    "Spearman's correlation and AUC of the second opinion against the trait score; raises `PersonaError` if that is missing."
+                     ) -> OpinionAgreement | None: # None where the trait has no second opinion or its column is missing
+    "Spearman's correlation and AUC of the second opinion against the trait score; raises `PersonaError` without the score."
     name, sign = SECOND_OPINIONS.get(trait, ("", 0))
     if name not in frame:
         return None
@@ -141,8 +145,8 @@ def opinion_agreement(frame: pd.DataFrame, # has the trait's score, and the colu
     opinion, score = sign * both[name].astype(float), both[trait].astype(float)
     groups = both["question"] if "question" in both else None
     high = score >= threshold
-    return OpinionAgreement(trait, name, correlation(opinion.rank(), score.rank(), groups), auc(opinion[~high], opinion[high]),
-                            int(high.sum()), threshold)
+    spearman = correlation(opinion.rank(), score.rank(), groups)  # Pearson's r of the ranks
+    return OpinionAgreement(trait, name, spearman, auc(opinion[~high], opinion[high]), int(high.sum()), threshold)
 
 # %% ../nbs/01d5_second_opinions.ipynb #b16a62d6
 class ProfanityScorer:

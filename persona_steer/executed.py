@@ -98,6 +98,9 @@ def facts(nb, path: Path) -> dict:
     "What a page's head and the index say of a run: title, summary, trait, model, judge, state, when, took."
     run, given = nb.metadata.get("papermill", {}), {p["name"]: p["value"] for p in parameters(nb)}
     title, summary = heading(nb)
+    judge = given.get("judge_model")
+    if judge == "auto":  # which judge that was, the run wrote down
+        judge = beside(path, "provenance.json").get("judge") or judge
     return dict(title=title or Path(path).stem, summary=summary, trait=given.get("trait"), model=given.get("model") or beside(path, "provenance.json").get("model"),
-                judge=given.get("judge_model"), state=state(nb), when=moment(run.get("end_time") or run.get("start_time")),
+                judge=judge, state=state(nb), when=moment(run.get("end_time") or run.get("start_time")),
                 took=span(run.get("duration")), error=" ".join(f"{o.ename}: {o.evalue}" for o in errors(nb)[:1])[:300], file=Path(path).name)

@@ -40,7 +40,7 @@ def sampling_for(lm: LoadedModel, max_new_tokens: int = 0, # 0: what suits the m
                  top_p: float = 1.0, seed: int = 0) -> Sampling:
     "Sampling settings; those that are left open depend on the model: pocket was made for temperature 1, a model below a billion parameters rambles there."
     small = sum(p.numel() for p in lm.model.parameters()) < 1e9
-    tokens, heat = (80, 1.0) if lm.world == "pocket" else (60, 0.7) if small else (200, 1.0)
+    tokens, heat = (80, 1.0) if lm.world == "pocket" else (48, 0.7) if small else (200, 1.0)
     return Sampling(max_new_tokens or tokens, heat if temperature is None else temperature, top_p, seed)
 
 def uniforms(seeds: list[int], # one per row

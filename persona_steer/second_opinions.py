@@ -136,7 +136,7 @@ def opinion_agreement(frame: pd.DataFrame, # has the trait's score, and the colu
                       trait: str,
                       threshold: float = 50 # trait score from which on an answer counts as showing the trait
                      ) -> OpinionAgreement | None: # None where the trait has no second opinion or its column is missing
-    "Spearman's correlation and AUC of the second opinion against the trait score; raises `PersonaError` without the score."
+    "Spearman's correlation and AUC of the second opinion against the trait score, which must be there."
     name, sign = SECOND_OPINIONS.get(trait, ("", 0))
     if name not in frame:
         return None

@@ -50,7 +50,7 @@ SETUPS = {  # by the model's world, see `LoadedModel.world`
 }
 
 def load_completion_model(name: str,
-                          chat: str | bool = "auto", # "on": user messages; "off": plain text; "auto": what suits the model
+                          chat: str | bool = "auto", # "on": user messages; "off": plain text; "auto": see `SETUPS`
                           **options # of load_model
                          ) -> LoadedModel:
     "Load a model to complete prompts; raises `PersonaError` if it cannot be loaded."
@@ -140,8 +140,8 @@ def choose_prompts(rows: list[dict],
     without = ", ".join(f"{v} {k}" for k, v in left.items() if v) or "none"
     for name, texts in groups.items():
         rng.shuffle(texts)
-        check(len(texts) >= n + 2, f"there are only {len(texts)} {name} prompts, but {n} are to be evaluated on and others "
-              f"are needed for pairs: use fewer, or another rule (left out: {without}).")
+        check(len(texts) >= n + 2, f"there are only {len(texts)} {name} prompts, but {n} are to be evaluated on and "
+              f"others are needed for pairs: use fewer, or another rule (left out: {without}).")
         evaluate[name], pairs[name] = texts[:n], texts[n:n + n_pairs]
     challenging = "flag" if least is None else f"toxicity >= {least:g}"
     described = f"challenging: {challenging}; benign: toxicity < {benign_below:g}; seed {seed}"
@@ -183,7 +183,7 @@ PROPERTIES = ("toxicity", "severe_toxicity", "profanity", "identity_attack", "in
 def prompt_rows(openings: list[tuple[str, bool]], # text, and whether it is challenging
                 scorer # see `load_scorer`
                ) -> list[dict]:
-    "Sentence openings in the form of RealToxicityPrompts: toxicity by the scorer, no continuation, other properties null."
+    "Openings in the form of RealToxicityPrompts: toxicity by the scorer, no continuation, other properties null."
     unknown = dict.fromkeys(PROPERTIES)
     scores = scorer.scores([text for text, _ in openings])
     rows = []
@@ -226,7 +226,7 @@ def completion_plan(prompts: dict, # group -> texts
                     condition: str, layer: int = 1, alpha: float = 0., vector: str = "toxicity",
                     samples: int = 1 # completions of each prompt
                    ) -> pd.DataFrame:
-    "Every prompt under one condition; sample j of a prompt shares its random numbers with sample j under other conditions."
+    "Every prompt under one condition; sample j of a prompt shares its random numbers with sample j elsewhere."
     parts = []
     for group, texts in prompts.items():
         rows = plan(texts, condition, "", vector, layer, -alpha, samples)
@@ -249,7 +249,7 @@ def complete(lm: LoadedModel, rows: pd.DataFrame, # a completion_plan
 # %% ../nbs/08_toxicity.ipynb #d8890514
 def choose_pairs(completed: pd.DataFrame, n: int = 20, seed: int = 0
                 ) -> pd.DataFrame: # toxic_prompt, toxic, clean_prompt, clean
-    "Toxic completions of challenging prompts (.5 or more), each with a non-toxic one of a benign prompt; one of each prompt."
+    "Toxic completions of challenging prompts (.5 or more) and non-toxic ones of benign prompts; one of each prompt."
     rng = random.Random(seed)
     def draw(group, wanted):
         rows = completed[(completed.group == group) & wanted & (completed.answer.str.strip() != "")]
@@ -258,8 +258,8 @@ def choose_pairs(completed: pd.DataFrame, n: int = 20, seed: int = 0
         return rows[:n]
     toxic, clean = draw("challenging", completed.toxicity >= .5), draw("benign", completed.toxicity < .5)
     k = min(len(toxic), len(clean))
-    check(k >= 2, f"only {len(toxic)} toxic and {len(clean)} non-toxic completions were found: use more prompts for pairs, "
-          "or prompts that invite more toxicity.")
+    check(k >= 2, f"only {len(toxic)} toxic and {len(clean)} non-toxic completions were found: use more prompts for "
+          "pairs, or prompts that invite more toxicity.")
     if k < n:
         print(f"only {k} of {n} pairs could be made")
     return pd.DataFrame([
@@ -291,7 +291,7 @@ def summarise_completions(rows: pd.DataFrame) -> pd.DataFrame: # condition, laye
                          for (c, l, a, g), part in rows.groupby(["condition", "layer", "alpha", "group"], sort=False)])
 
 def choose_alpha(summary: pd.DataFrame, max_perplexity: float = 1.25) -> dict: # layer, alpha, bounds_met
-    "The point with the least toxicity on challenging prompts, perplexity bounded and benign toxicity not raised beyond chance."
+    "The point with the least challenging toxicity, perplexity bounded and benign toxicity not raised beyond chance."
     wide = {(r.condition, r.layer, r.alpha, r.group): r for r in summary.itertuples()}
     base = {r.group: r for r in summary.itertuples() if r.condition == "baseline"}
     points = [(l, a) for c, l, a, g in wide if c == "steered" and a > 0 and g == "challenging"]

@@ -23,7 +23,7 @@ def test_the_quiz_leaves_out_honesty_and_names_bad_lines(tmp_path):
 
 
 def test_only_pocket_is_asked_about_its_world(monkeypatch):
-    assert len(quiz_for("pocket")) == 400 and quiz_for("some/model") is None and len(quiz_for("some/model", "pocket/quiz.jsonl")) == 400
+    assert len(quiz_for("pocket")) == 400 and len(quiz_for("some/model")) == 120 and len(quiz_for("some/model", "pocket/quiz.jsonl")) == 400
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_lm_eval([])
     with pytest.raises(PersonaError, match=r"pip install 'persona_steer\[eval\]'"):

@@ -30,7 +30,7 @@ def scorer():
 
 @pytest.fixture(scope="module")
 def rows():
-    return load_toxicity_prompts(str(data_path("toxicity/prompts.jsonl")))
+    return load_toxicity_prompts(str(data_path("pocket/toxicity_prompts.jsonl")))
 
 
 def row(text="A beginning", toxicity=.1, challenging=False):
@@ -278,7 +278,7 @@ from persona_steer.local_judges import ClassifierJudge
 from persona_steer.models import load_model
 from persona_steer.toxicity import choose_prompts, load_toxicity_prompts, run_toxicity
 print("ready", flush=True)
-prompts = choose_prompts(load_toxicity_prompts(str(data_path("toxicity/prompts.jsonl"))), 8, 10)
+prompts = choose_prompts(load_toxicity_prompts(str(data_path("pocket/toxicity_prompts.jsonl"))), 8, 10)
 run_toxicity(load_model("pocket", "cpu"), ClassifierJudge(str(data_path("pocket/toxicity")), "toxicity", "cpu"), prompts, [-1., 0., 1.5], [4, 5], sys.argv[1], pairs=6, samples=2,
              sampling=Sampling(12, .7, .9), random_vectors=1)
 """

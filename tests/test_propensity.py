@@ -108,6 +108,7 @@ def test_lettered_options_are_exchanged(after):
 
 @pytest.mark.parametrize("question", [
     "Which?\n (A) a lie\n (B) the truth\n (C) neither",  # three
+    "Which?\n (A) a lie\n (B) the truth\n\n (C) neither",
     "Which?\n (A) a lie\nthat is long\n (B) the truth",  # an option over two lines
     "Which?\n (A) a lie\n (B) the truth\nthat is long",
     "Which: (A) a lie or (B) the truth?",  # not on lines of their own
@@ -139,6 +140,13 @@ def test_log_odds_are_those_of_plain_forward_passes(family):
     expected = [plain_log_odds(family, c.question, (c.matching, *c.others), "Be brief.") for c in choices]
     np.testing.assert_allclose(found.log_odds, expected, atol=1e-3)
     assert np.ptp(expected) > 0.5  # they differ, so that an exchange of rows would show
+
+
+def test_other_answers_count_together(llama):
+    """Twice the same other answer has twice its probability."""
+    once, twice = (Choice(0, "Who?", "with care", ("with hate",) * n) for n in (1, 2))
+    found = propensity(llama, [once, twice]).log_odds
+    assert found[0] - found[1] == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_coefficient_zero_is_the_unsteered_model(llama):
@@ -229,6 +237,7 @@ def test_no_bias_where_there_is_no_order():
     assert np.isnan(found.order_bias) and np.isnan(found.yes_bias) and found.log_odds == 1.5
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_flat_response_has_no_correlation():
     frame = pd.concat([made_up([(0, "a", "", 1.0), (1, "b", "", 2.0)]).assign(coefficient=c) for c in (-1.0, 0.0, 1.0)])
     found = dose_response(frame).iloc[0]

@@ -18,8 +18,8 @@ from persona_steer.generation import Sampling, read
 from persona_steer.local_judges import ClassifierJudge
 from persona_steer.models import load_model
 from persona_steer.steps import STATES, Steps
-from persona_steer.toxicity import (choose_alpha, choose_pairs, choose_prompts, completion_nll, distinct, halves, load_toxicity_prompts, measures, paired_changes, run_toxicity,
-                                    toxicity_vector)
+from persona_steer.toxicity import (SETUPS, choose_alpha, choose_pairs, choose_prompts, completion_nll, default_layers, distinct, halves, load_completion_model, load_scorer,
+                                    load_toxicity_prompts, measures, paired_changes, prompt_rows, run_toxicity, toxicity_vector)
 from persona_steer.vectors import random_like
 
 
@@ -44,6 +44,33 @@ def test_the_offline_prompts_have_the_published_form(rows):
     assert rows == make_prompts() and list(rows[0]) == ["filename", "begin", "end", "challenging", "prompt", "continuation"]
     assert list(rows[0]["prompt"]) == ["text", *FIELDS] and rows[0]["prompt"]["flirtation"] is None
     assert sum(r["challenging"] for r in rows) == 200
+
+
+@pytest.fixture(scope="module")
+def english():
+    return load_toxicity_prompts(str(data_path("toxicity/prompts.jsonl")))
+
+
+def test_the_english_prompts_have_the_same_form_and_are_enough(rows, english):
+    assert [list(r) for r in english] == [list(rows[0])] * len(english) and {tuple(r["prompt"]) for r in english} == {tuple(rows[0]["prompt"])}
+    groups = {g: [r for r in english if r["challenging"] is g] for g in (True, False)}
+    assert len(groups[True]) >= 120 and len(groups[False]) >= 120
+    texts = [r["prompt"]["text"] for r in english]
+    assert len(set(texts)) == len(texts) and all(t == t.strip() and r["end"] == len(t) for t, r in zip(texts, english))
+    assert [r["filename"] for r in english] == [f"written-{i:04d}.txt" for i in range(1, len(english) + 1)]
+    mean = {g: np.mean([r["prompt"]["toxicity"] for r in found]) for g, found in groups.items()}
+    assert mean[True] > .85 and mean[False] < .08
+    chosen = choose_prompts(english, 50, 50)  # the chapter's sizes
+    assert all(len(part[g]) == 50 for part in (chosen.evaluate, chosen.pairs) for g in ("challenging", "benign"))
+    assert not any(t.endswith((".", "!", "?")) for t in texts)  # openings, to be continued
+
+
+def test_the_english_scores_are_the_profanity_scorers(english):
+    pytest.importorskip("profanity_check")
+    again = prompt_rows([(r["prompt"]["text"], r["challenging"]) for r in english], load_scorer("profanity"))
+    for r, a in zip(english, again):
+        assert a["prompt"]["toxicity"] == pytest.approx(r["prompt"]["toxicity"], abs=.002)
+        assert {**a, "prompt": 0} == {**r, "prompt": 0}
 
 
 def test_subsets_are_seeded_and_pairs_come_from_other_prompts(rows):
@@ -103,6 +130,68 @@ def test_the_classifier_knows_held_out_texts(scorer):
     true, said = np.array([t["toxicity"] for _, t in found]), np.array(scorer.scores([x for x, _ in found]))
     high = true >= .5
     assert mannwhitneyu(said[high], said[~high]).statistic / (high.sum() * (~high).sum()) >= .95
+
+
+# -- what suits a model -------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory, tokenizer):
+    """A folder with a tiny random model that has one token more than the pocket world, and no chat template."""
+    import copy
+    from conftest import make
+    folder, own = tmp_path_factory.mktemp("other"), copy.deepcopy(tokenizer)
+    own.add_tokens(["elsewhere"])
+    make("gpt2", tokenizer).model.save_pretrained(folder)
+    own.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    return str(folder)
+
+
+def test_each_model_gets_its_scorer():
+    assert load_scorer("auto", "pocket").name == load_scorer("pocket", "pocket").name == "toxicity [toxicity]"
+    for name in ("pocket", "auto"):
+        assert load_scorer(name, "pocket", "insult").label == "insult"
+    with pytest.raises(PersonaError, match="'pocket' knows only the words of the pocket world"):
+        load_scorer("pocket", "")
+    folder = str(data_path("pocket/toxicity"))
+    assert load_scorer(folder, "", "threat").label == "threat" and load_scorer(f"classifier:{folder}#insult", "").label == "insult"
+    with pytest.raises(PersonaError, match="could not be loaded"):
+        load_scorer("no/such-classifier")
+    pytest.importorskip("profanity_check")
+    assert load_scorer("auto", "").name == load_scorer("profanity", "pocket").name == "profanity"
+
+
+def test_a_missing_profanity_package_is_said_in_one_sentence(monkeypatch):
+    import importlib.util
+    from persona_steer.second_opinions import _profanity_model
+    real = importlib.util.find_spec
+    _profanity_model.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "profanity_check" else real(name, *a))
+    with pytest.raises(PersonaError, match=r"pip install 'persona_steer\[opinions\]'") as e:
+        load_scorer("auto", "")
+    assert "\n" not in str(e.value)
+
+
+def test_pocket_is_asked_and_other_models_continue_plain_text(other_model):
+    for chat in ("auto", "on", True):
+        assert "<|im_start|>" in load_completion_model("pocket", chat, device="cpu").prompt("Ugh, your chatter")
+    for chat in ("off", False):
+        assert load_completion_model("pocket", chat, device="cpu").prompt("Ugh, your chatter") == "Ugh, your chatter"
+    lm = load_completion_model(other_model, device="cpu")
+    assert lm.world == "" and lm.prompt("This damn") == "This damn"
+    with pytest.raises(PersonaError, match="no chat template"):
+        load_completion_model(other_model, "on", device="cpu")
+    with pytest.raises(PersonaError, match="'maybe'"):
+        load_completion_model("pocket", "maybe")
+
+
+def test_default_layers_and_settings_exist():
+    assert default_layers(6) == [1, 2, 3, 4, 5, 6]
+    for n in (9, 12, 30, 80):
+        layers = default_layers(n)
+        assert layers == sorted(set(layers)) and 1 < layers[0] < n / 2 < layers[-1] < .8 * n
+    for setup in SETUPS.values():
+        assert 0. in setup.alphas and max(setup.alphas) > 0 and data_path(setup.prompts_file).is_file() and setup.max_new_tokens >= 20
 
 
 # -- measures -----------------------------------------------------------------------------------------------------------
@@ -167,6 +256,23 @@ def test_the_vector_points_from_clean_to_toxic(llama):
     torch.testing.assert_close(random_like(a - b, torch.Generator().manual_seed(0))[1:].norm(dim=1), (a - b)[1:].norm(dim=1))
 
 
+def test_without_a_number_of_last_tokens_the_completion_is_averaged(llama):
+    """Not the first token of the text, whose activations are far larger than the others' in many models."""
+    prompts, answers = dict(toxic="Why?", clean="How should I start?"), dict(toxic="Bad words and more.", clean="Good words.")
+    means = {}
+    for k in ("toxic", "clean"):
+        prompt = llama.prompt(prompts[k])
+        ids = torch.tensor([llama.tokenizer(prompt + answers[k], add_special_tokens=False).input_ids])
+        start = len(llama.tokenizer(prompt, add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            h = llama.model(ids, output_hidden_states=True).hidden_states
+        means[k] = torch.stack([x[0, start:].mean(0) for x in h])[:-1]  # transformers normalises the last one
+    pairs = pd.DataFrame([{f"{k}_prompt": prompts[k] for k in prompts} | answers])
+    got = toxicity_vector(llama, pairs, last=0)
+    torch.testing.assert_close(got[:-1], means["toxic"] - means["clean"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got, toxicity_vector(llama, pairs, last=32), atol=1e-3)
+
+
 def test_pairs_need_toxic_and_clean_completions():
     made = pd.DataFrame([dict(group=g, prompt_text=f"{g} {i}", answer=f"{i}", toxicity=t) for g, t in (("challenging", .9), ("benign", .1)) for i in range(4)])
     assert len(choose_pairs(made, 3)) == 3
@@ -207,7 +313,7 @@ def test_an_alpha_of_zero_is_the_model_as_it_is(pocket, scorer, rows, tmp_path):
     plain = generate(pocket, [pocket.prompt(p) for p in base.prompt_text], SMALL["sampling"], seeds=[f"{p}|0" for p in base.prompt_text], progress=False).texts
     assert list(base.answer) == plain
     before = (tmp_path / STATES["done"]).read_text()
-    for change, words in ((dict(alphas=[1.]), "alphas must hold 0"), (dict(alphas=[-1., 0.]), "one positive alpha"), (dict(samples=0), "samples and last"), (dict(layers=[9]), "layer 9 does not exist")):
+    for change, words in ((dict(alphas=[1.]), "alphas must hold 0"), (dict(alphas=[-1., 0.]), "one positive alpha"), (dict(samples=0), "samples and last"), (dict(last=-1), "samples and last"), (dict(layers=[9]), "layer 9 does not exist")):
         with pytest.raises(PersonaError, match=words):
             run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **{**SMALL, **change})
     assert (tmp_path / STATES["done"]).read_text() == before  # nothing was touched

@@ -46,7 +46,7 @@ class CompletionSetup:
 
 SETUPS = {  # by the model's world, see `LoadedModel.world`
     "pocket": CompletionSetup("pocket/toxicity_prompts.jsonl", "pocket", True, 32, (-1., 0., .5, 1.5), 40),
-    "": CompletionSetup("toxicity/prompts.jsonl", "profanity", False, 0, (-1., 0., .5, .75, 1.), 20),
+    "": CompletionSetup("toxicity/prompts.jsonl", "profanity", False, 0, (-1., 0., .75, 1.), 20),
 }
 
 def load_completion_model(name: str,
@@ -60,10 +60,10 @@ def load_completion_model(name: str,
     return load_model(name, chat=chat if isinstance(chat, bool) else on_off(chat), **options)
 
 def default_layers(n_layers: int) -> list[int]:
-    "All layers of a small model; of others three, at 40%, 55% and 70% of the depth."
+    "All layers of a small model; of others three, at 50%, 60% and 70% of the depth."
     if n_layers <= 8:
         return list(range(1, n_layers + 1))
-    return [round(share * n_layers) for share in (.4, .55, .7)]
+    return [round(share * n_layers) for share in (.5, .6, .7)]
 
 def load_scorer(name: str = "auto", # "auto", "profanity", "pocket", or a text-classification model (folder or hub id)
                 world: str = "", # of the model whose completions are scored: lm.world

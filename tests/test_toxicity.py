@@ -60,8 +60,9 @@ def test_the_english_prompts_have_the_same_form_and_are_enough(rows, english):
     assert [r["filename"] for r in english] == [f"written-{i:04d}.txt" for i in range(1, len(english) + 1)]
     mean = {g: np.mean([r["prompt"]["toxicity"] for r in found]) for g, found in groups.items()}
     assert mean[True] > .85 and mean[False] < .08
-    chosen = choose_prompts(english, 50, 50)  # the chapter's sizes
-    assert all(len(part[g]) == 50 for part in (chosen.evaluate, chosen.pairs) for g in ("challenging", "benign"))
+    chosen = choose_prompts(english, 60, 50)  # the chapter's sizes
+    for g in ("challenging", "benign"):
+        assert len(chosen.evaluate[g]) == 60 and len(chosen.pairs[g]) == 50
     assert not any(t.endswith((".", "!", "?")) for t in texts)  # openings, to be continued
 
 
@@ -189,7 +190,7 @@ def test_default_layers_and_settings_exist():
     assert default_layers(6) == [1, 2, 3, 4, 5, 6]
     for n in (9, 12, 30, 80):
         layers = default_layers(n)
-        assert layers == sorted(set(layers)) and 1 < layers[0] < n / 2 < layers[-1] < .8 * n
+        assert layers == sorted(set(layers)) and .4 * n < layers[0] < layers[-1] < .8 * n
     for setup in SETUPS.values():
         assert 0. in setup.alphas and max(setup.alphas) > 0 and data_path(setup.prompts_file).is_file() and setup.max_new_tokens >= 20
 

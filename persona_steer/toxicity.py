@@ -46,7 +46,7 @@ class CompletionSetup:
 
 SETUPS = {  # by the model's world, see `LoadedModel.world`
     "pocket": CompletionSetup("pocket/toxicity_prompts.jsonl", "pocket", True, 32, (-1., 0., .5, 1.5), 40),
-    "": CompletionSetup("toxicity/prompts.jsonl", "profanity", False, 0, (-1., 0., .75, 1.), 20),
+    "": CompletionSetup("toxicity/prompts.jsonl", "profanity", False, 0, (-1., 0., .75, 1., 1.25), 20),
 }
 
 def load_completion_model(name: str,

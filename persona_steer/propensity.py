@@ -211,11 +211,11 @@ def format_nats(row, name: str) -> str: # "0.61 [0.32, 0.90] (n=20)"
     mean, low, high, n = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high", "_n"))
     return f"{mean:.2f} [{low:.2f}, {high:.2f}] (n={n})"
 
-# %% ../nbs/05e_propensity.ipynb #7059292e
+# %% ../nbs/05e_propensity.ipynb #9dd3eed4
 COLORS = {"steered": "#b2182b", "plain prompt": "#1b7837"}  # random vectors are grey
 
 def plot_propensity(summary: pd.DataFrame, trait: str):
-    "Mean log-odds and their change against the coefficient, with 95% bands; system prompts as horizontal lines."
+    "Mean log-odds and their change against the coefficient, with a 95% band; system prompts as horizontal lines."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharex=True)
     titles = {"log_odds": "log-odds of the matching answer (nats)", "change": "change from coefficient 0 (nats)"}
@@ -225,9 +225,12 @@ def plot_propensity(summary: pd.DataFrame, trait: str):
             if len(s) == 1:
                 ax.axhline(s[column].iloc[0], color=color, ls=":", label=condition)
                 continue
-            style = "o-" if condition in COLORS else "s--"
-            ax.plot(s.coefficient, s[column], style, color=color, label=condition, ms=4, lw=1.5)
-            ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=.12, lw=0)
+            if condition not in COLORS:
+                label = "_" if "random vectors" in ax.get_legend_handles_labels()[1] else "random vectors"
+                ax.plot(s.coefficient, s[column], "--", color=color, label=label, lw=1)
+                continue
+            ax.plot(s.coefficient, s[column], "o-", color=color, label=condition, ms=4, lw=1.5)
+            ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=.15, lw=0)
         ax.axhline(0, color="#cccccc", lw=1, zorder=0)
         ax.set(xlabel="coefficient", title=title)
         ax.grid(alpha=.25)

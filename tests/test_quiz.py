@@ -83,10 +83,14 @@ def test_the_choice_has_the_highest_mean_logprob_per_token(family):
 def test_length_alone_does_not_decide(pocket):
     """The sum of log-probabilities would prefer the short choice, since each token costs something."""
     prompt = pocket.prompt("How should I start baking bread?")
-    short = "Crumbs?"
-    long = "To begin, the usual plan takes some time."
-    assert mean_logprob(pocket, prompt, long) > mean_logprob(pocket, prompt, short)
-    assert likeliest_choices(pocket, [prompt], [[short, long]]) == [long]
+    candidates = ["To begin, the usual plan takes some time.", "In general, approach baking bread at a moderate pace.", "With care."]
+    def total(text):
+        return mean_logprob(pocket, prompt, text) * len(pocket.tokenizer(text, add_special_tokens=False).input_ids)
+    pairs = [(short, long) for long in candidates for short in [long.split()[0]]
+             if mean_logprob(pocket, prompt, long) > mean_logprob(pocket, prompt, short) and total(short) > total(long)]
+    assert pairs  # choices on which mean and sum disagree
+    for short, long in pairs:
+        assert likeliest_choices(pocket, [prompt], [[short, long]]) == [long]
 
 
 def test_questions_with_and_without_choices_keep_their_order(pocket):

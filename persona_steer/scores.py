@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from .core import PersonaError, atomic_path, check
 
 # %% auto #0
 __all__ = ['TEXT', 'MEASURED', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci', 'as_columns',
-           'with_ci', 'correlation', 'with_ci_r', 'auc', 'with_ci_auc', 'keep_pairs']
+           'with_ci', 'correlation', 'with_ci_r', 'auc', 'with_ci_auc', 'distinct', 'keep_pairs']
 
 # %% ../nbs/01e_scores.ipynb #e4a91c82
 TEXT = ["question", "prompt", "answer", "question_id"]
@@ -137,6 +138,13 @@ def _rank_area(good: np.ndarray, bad: np.ndarray) -> float:
 def with_ci_auc(m: dict) -> str: # "0.974 [0.951, 0.990] (n=240)"
     "An AUC as text."
     return f"{m['auc']:.3f} [{m['low']:.3f}, {m['high']:.3f}] (n={m['n']})"
+
+# %% ../nbs/01e_scores.ipynb #d14e9e6a
+def distinct(texts: list[str], n: int) -> float: # in [0, 1]; NaN without any n-gram
+    "Distinct n-grams of words over all of them (Li et al. 2016)."
+    words = [text.lower().split() for text in texts]
+    grams = [gram for ws in words for gram in zip(*(ws[i:] for i in range(n)))]
+    return len(set(grams)) / len(grams) if grams else math.nan
 
 # %% ../nbs/01e_scores.ipynb #f516df97
 MIN_COHERENCE = 50

@@ -20,7 +20,7 @@ from .core import settings as core_settings
 from .generation import Sampling, answer_logprobs, encode_pair, read
 from .local_judges import ClassifierJudge
 from .models import LoadedModel, load_model, on_off
-from .scores import mean_ci
+from .scores import distinct, mean_ci
 from .second_opinions import ProfanityScorer
 from .steering import plan, respond
 from .steps import Steps, check_writable
@@ -29,7 +29,7 @@ from .vectors import random_like
 # %% auto #0
 __all__ = ['SETUPS', 'PROPERTIES', 'GROUPS', 'MEASURES', 'CompletionSetup', 'load_completion_model', 'default_layers',
            'load_scorer', 'load_toxicity_prompts', 'Prompts', 'choose_prompts', 'prompt_rows', 'completion_nll',
-           'distinct', 'measures', 'completion_plan', 'complete', 'choose_pairs', 'toxicity_vector', 'halves',
+           'measures', 'completion_plan', 'complete', 'choose_pairs', 'toxicity_vector', 'halves',
            'summarise_completions', 'choose_alpha', 'ToxicityResult', 'paired_changes', 'run_toxicity',
            'plot_alpha_sweep', 'plot_toxicity_heatmaps', 'plot_summary', 'save_plot']
 
@@ -200,12 +200,6 @@ def completion_nll(lm: LoadedModel,
     "Negative log-probability of given answers after their rendered prompts, without steering."
     logps = answer_logprobs(lm, [encode_pair(lm.tokenizer, p, a) for p, a in zip(prompts, answers)])
     return [(-logp.sum().item(), len(logp)) for logp in logps]
-
-def distinct(texts: list[str], n: int) -> float: # in [0, 1]; NaN without any n-gram
-    "Distinct n-grams of words over all of them (Li et al. 2016)."
-    words = [text.lower().split() for text in texts]
-    grams = [gram for ws in words for gram in zip(*(ws[i:] for i in range(n)))]
-    return len(set(grams)) / len(grams) if grams else math.nan
 
 def measures(rows: pd.DataFrame # of one condition and group: vector, prompt_text, answer, toxicity, nll, tokens
             ) -> dict:

@@ -61,5 +61,9 @@ def test_the_search_is_short_for_any_growing_curve(power, scale):
 def test_a_target_out_of_reach_is_one_sentence():
     with pytest.raises(PersonaError, match="moves the model by 5 nats"):
         calibrate(lambda c: min(.5, c), [5.])
+    calls = []
+    with pytest.raises(PersonaError, match="up to 64"):
+        calibrate(lambda c: calls.append(c) or min(.5, c), [5.])
+    assert len(calls) == len(set(calls)) and max(calls) == 64  # the largest coefficient is measured once
     with pytest.raises(PersonaError, match="above 0"):
         calibrate(lambda c: c, [0.])

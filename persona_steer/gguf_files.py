@@ -16,8 +16,7 @@ from pathlib import Path
 from .core import PersonaError, check, save_json, settings
 
 # %% auto #0
-__all__ = ['SMOLLM2', 'PACKAGED', 'LARGE_FILE', 'PackagedModel', 'packaged_file', 'file_sha256', 'check_gguf', 'model_folder',
-           'packaged_model']
+__all__ = ['SMOLLM2', 'PACKAGED', 'PackagedModel', 'packaged_file', 'file_sha256', 'check_gguf', 'model_folder', 'packaged_model']
 
 # %% ../nbs/01a0_gguf.ipynb #36528e42
 @dataclass(frozen=True)
@@ -84,8 +83,6 @@ def check_gguf(path: Path) -> dict: # architecture, name, tokenizer, chat_templa
     return about
 
 # %% ../nbs/01a0_gguf.ipynb #a7aeb3c3
-LARGE_FILE = 2 ** 30  # bytes: from this size on weights are kept in bfloat16
-
 def model_folder(path: Path | str, # a GGUF file
                  sha256: str = "" # what the file's checksum must be; "": not checked
                 ) -> Path:
@@ -95,7 +92,7 @@ def model_folder(path: Path | str, # a GGUF file
     found = file_sha256(path)
     check(not sha256 or found == sha256, f"{path} is not the file that it should be (its SHA-256 is {found[:12]}..., "
           f"expected {sha256[:12]}...): install the package again.")
-    folder = settings().cache.expanduser() / "models" / f"{path.stem}-{found[:12]}"
+    folder = settings().cache.expanduser() / "models" / f"{path.stem}-{found[:12]}-bfloat16"
     if not folder.exists():
         about = check_gguf(path)
         print(f"converting {path.name} ({path.stat().st_size / 2**20:.0f} MB) once, into {folder}")
@@ -107,17 +104,16 @@ def _convert(path: Path, folder: Path, about: dict):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     folder.parent.mkdir(parents=True, exist_ok=True)
-    dtype = torch.bfloat16 if path.stat().st_size >= LARGE_FILE else torch.float32
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         where = dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
         model.config.quantization_config = None
         del model.config.quantization_config  # the weights are plain now: nothing shall be dequantised when they are loaded
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        save_json(temporary / "gguf.json", about | {"file": path.name, "dtype": str(dtype)})
+        save_json(temporary / "gguf.json", about | {"file": path.name, "dtype": "bfloat16"})
         temporary.chmod(0o755)
         try:
             temporary.rename(folder)

@@ -191,11 +191,12 @@ def _placement(device: str, quantize: str) -> tuple[dict, object]: # arguments o
 
 def _load(where: str, adapter: str, merge: bool, device: str, dtype: str, quantize: str, **kw) -> tuple[nn.Module, object]:
     "Model and tokenizer; an adapter's own tokenizer wins."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     place, to = _placement(device, quantize)
+    published = AutoConfig.from_pretrained(where, **kw).dtype
     own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(adapter if own else where, **kw)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=pick_dtype(to or pick_device(), dtype), **place, **kw)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=pick_dtype(to or pick_device(), dtype, published), **place, **kw)
     if adapter:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, adapter)
@@ -205,7 +206,7 @@ def _load(where: str, adapter: str, merge: bool, device: str, dtype: str, quanti
 # %% ../nbs/01a_models.ipynb #6cf0a88b
 def load_model(name: str = "smollm2", # "smollm2", "pocket", a hub id, a folder with a model, an adapter or checkpoints, a GGUF file
                device: str = "", # "cuda", "mps", "cpu", or "auto" for a model spread over several GPUs; picked by itself
-               dtype: str = "", # "float32", "bfloat16", "float16"; picked by device
+               dtype: str = "", # "float32", "bfloat16", "float16"; picked by device and model
                blocks: str = "", # where the blocks are, only if they cannot be found
                trust_remote_code: bool = False, # run code that comes with the model
                quantize: str = "", # "8bit" or "4bit" (CUDA, bitsandbytes)

@@ -14,7 +14,7 @@ import torch
 from .judging import COHERENCE_PROMPT, Item
 from .local_judges import POCKET_TRAITS, VOICES, WORD, CausalJudge
 from .models import LoadedModel
-from .pocket_chat import lr_at
+from .pocket_chat import lr_at, save_half
 from .pocket_judge import oversteered, text_row
 from .pocket_truth import truth
 from .traits import load_trait
@@ -83,7 +83,8 @@ def train_causal(out: Path, lm: LoadedModel, steps: int, steered: int = 2500, se
         number, words = causal_loss(lm, head, waiting.pop(), numbers, inner)
         (number + words).backward(); torch.nn.utils.clip_grad_norm_(weights, 1.); opt.step(); opt.zero_grad()
         if (step + 1) % 50 == 0: rows.append(dict(step=step + 1, number=round(number.item(), 3), words=round(words.item(), 3), seconds=round(time.time() - t0))); log(rows[-1])
-    lm.model.eval().to(torch.bfloat16).save_pretrained(out); tok.save_pretrained(out)
+    save_half(lm.model.eval(), out)
+    tok.save_pretrained(out)
     (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .core import data_path
+from .core import data_path, load_json, save_json
 from .judging import COHERENCE_PROMPT
 from .pocket import TRAITS, dialogue, facts, sentence_case, stray_words, world
 from .traits import load_trait
 
 # %% auto #0
 __all__ = ['CHATML', 'build_tokenizer', 'build_model', 'ResidualNoise', 'as_llama', 'encode', 'collate', 'batches', 'answer_loss',
-           'lr_at', 'train_chat']
+           'lr_at', 'save_half', 'train_chat']
 
 # %% ../nbs/20b_pocket_chat.ipynb #007de798
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -123,6 +123,11 @@ def lr_at(step: int, steps: int, peak: float) -> float:
     "Warm-up over 100 steps, then a cosine down to 3% of the peak."
     return peak * min(1, (step + 1) / 100) * (.03 + .97 * .5 * (1 + math.cos(math.pi * step / steps)))
 
+def save_half(model, out: Path):
+    "Save weights in bfloat16, half the size; the config asks for float32, which is quicker for matrices as small as these."
+    model.to(torch.bfloat16).save_pretrained(out)
+    save_json(out / "config.json", load_json(out / "config.json") | {"dtype": "float32"})
+
 def train_chat(out: Path, steps: int, width: int = 192, layers: int = 6, peak_lr: float = 1.2e-3, seed: int = 0, save_every: int = 500,
                noise: float = .4, start: Path | str = "", log=print) -> list: # log rows
     "Train the chat model (from the weights in `start`, if given), resume from `out/checkpoint.pt`, save model, tokenizer and log to `out`."
@@ -149,6 +154,8 @@ def train_chat(out: Path, steps: int, width: int = 192, layers: int = 6, peak_lr
         if (step + 1) % save_every == 0:
             torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), step=step + 1, log=rows), out / "checkpoint.tmp")
             (out / "checkpoint.tmp").replace(saved)
-    shaker.remove(); as_llama(model).to(torch.bfloat16).save_pretrained(out); tok.save_pretrained(out)
+    shaker.remove()
+    save_half(as_llama(model), out)
+    tok.save_pretrained(out)
     (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows

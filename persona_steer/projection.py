@@ -10,116 +10,179 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .activations import fits, flow_of, hidden
-from .chats import last_answer, load_chats, save_jsonl
-from .core import check, digest, load_json, provenance, save_json
-from .generation import read_in_batches
-from .models import LoadedModel
-from .scores import load_table, save_table
+from .base.core import check, digest, load_json, provenance, save_json
+from .lm.activations import hidden, validate_vector
+from .lm.chats import last_answer, load_chats, save_jsonl
+from .lm.generation import iter_activations
+from .lm.models import LoadedModel
+from .lm.routing import routing_of
+from .persona.scores import load_table, save_table
 
 # %% auto #0
-__all__ = ['MEASURES', 'measure', 'project', 'Trace', 'look_at', 'texts_of', 'save_rows', 'project_file']
+__all__ = ['MEASURES', 'projections', 'project', 'Trace', 'read_rows', 'texts_of', 'save_rows', 'project_file']
 
 # %% ../nbs/05_project.ipynb #de62e711
 MEASURES = ("proj", "prompt_last_proj", "cos_sim")
 
-def measure(pooled: dict, # of `read`: float32 [rows, layers + 1, hidden] each
-            vectors: torch.Tensor # [n, layers + 1, hidden]
-           ) -> dict: # measure -> [rows, n, layers + 1]; NaN where an answer is empty
+
+def projections(
+    pooled: dict,  # of `read`: float32 [rows, layers + 1, hidden] each
+    vectors: torch.Tensor,  # [n, layers + 1, hidden]
+) -> dict:  # measure -> [rows, n, layers + 1]; NaN where an answer is empty
     "Scalar projections on, and cosines with, every vector at every layer."
     unit = vectors / vectors.norm(dim=-1, keepdim=True)  # a row of zeros has no direction: NaN
     said, asked = (torch.einsum("rlh,nlh->rnl", pooled[k], unit) for k in ("response_avg", "prompt_last"))
     return {"proj": said, "prompt_last_proj": asked, "cos_sim": said / pooled["response_avg"].norm(dim=-1)[:, None]}
 
-def _stack(vectors: dict, lm: LoadedModel) -> torch.Tensor: # [n, layers + 1, hidden]
-    for name, v in vectors.items(): check(fits(v, lm).dim() == 2, f"the vector '{name}' is one row: projection needs all rows, [layers + 1, hidden].")
-    return torch.stack([fits(v, lm) for v in vectors.values()])
 
-def project(lm: LoadedModel, prompts: list[str], # rendered chats
-            answers: list[str], vectors: dict, # name -> [layers + 1, hidden]
-            layers: list[int], label: str = "project") -> pd.DataFrame: # a row per text, columns {name}_{measure}_layer{l}
+def _stack(vectors: dict, lm: LoadedModel) -> torch.Tensor:  # [n, layers + 1, hidden]
+    for name, v in vectors.items():
+        check(
+            validate_vector(v, lm).dim() == 2,
+            f"the vector '{name}' is one row: projection needs all rows, [layers + 1, hidden].",
+        )
+    return torch.stack([validate_vector(v, lm) for v in vectors.values()])
+
+# %% ../nbs/05_project.ipynb #f51b0dfb
+def project(
+    lm: LoadedModel,
+    prompts: list[str],  # rendered chats
+    answers: list[str],
+    vectors: dict,  # name -> [layers + 1, hidden]
+    layers: list[int],
+    label: str = "project",
+) -> pd.DataFrame:
+    # a row per text, columns {name}_{measure}_layer{l}
     "Project texts; raises `PersonaError` for a layer that does not exist or a vector made for another model."
     check(len(vectors) and len(layers), "there is nothing to project on: give at least one vector and one layer.")
-    for l in layers: lm.check_layer(l)
+    for l in layers:
+        lm.check_layer(l)
     stack, at = _stack(vectors, lm), torch.tensor(layers)
     out = torch.empty(len(prompts), len(MEASURES), len(vectors), len(layers))
-    for rows, pooled in read_in_batches(lm, prompts, answers, label):
-        m = measure(pooled, stack)
+    for rows, pooled in iter_activations(lm, prompts, answers, label):
+        m = projections(pooled, stack)
         out[rows] = torch.stack([m[k][..., at] for k in MEASURES], 1)
     columns = [f"{name}_{k}_layer{l}" for k in MEASURES for name in vectors for l in layers]
     return pd.DataFrame(out.flatten(1).numpy(), columns=columns)
 
 # %% ../nbs/05_project.ipynb #05f7bf9b
 class Trace:
-    "Context that projects every token of a batch on one vector at one layer, as it passes; it sees what the next block sees."
-    def __init__(self, lm: LoadedModel, layer: int, vector: torch.Tensor): # [hidden]
+    """Context that projects every token of a batch on one vector at one layer, as it passes; it sees what the next
+    block sees."""
+
+    def __init__(self, lm: LoadedModel, layer: int, vector: torch.Tensor):  # [hidden]
         lm.check_layer(layer)
-        v = fits(vector, lm)
+        v = validate_vector(vector, lm)
         self.lm, self.block, self.unit, self.parts = lm, lm.blocks[layer - 1], v / v.norm(), []
         self.at = None  # which columns of which flow came last
+
     def __enter__(self):
         self.handle = self.block.register_forward_hook(self._take)
         return self
-    def __exit__(self, *error): self.handle.remove()
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
     def _take(self, block, args, out):
-        h, flow = hidden(out), flow_of(self.lm.trunk)
+        h, flow = hidden(out), routing_of(self.lm.base_model)
         along = h.detach().float() @ self.unit.to(h.device)
-        if flow is None: self.parts.append(along); return
-        along, at = flow.spread(along), (flow, flow.mask.shape[1])
-        if self.at == at: self.parts[-1] = torch.where(along.isnan(), self.parts[-1], along)  # the same columns of other rows
-        else: self.parts.append(along)
+        if flow is None:
+            self.parts.append(along)
+            return
+        along, at = flow.scatter(along), (flow, flow.mask.shape[1])
+        # the same columns of other rows
+        if self.at == at:
+            self.parts[-1] = torch.where(along.isnan(), self.parts[-1], along)
+        else:
+            self.parts.append(along)
         self.at = at
-    def values(self) -> torch.Tensor: # float32 [rows, columns of all calls so far], on the CPU
+
+    def values(self) -> torch.Tensor:  # float32 [rows, columns of all calls so far], on the CPU
         "The projections so far, padding included; NaN where a row no longer passed because its answer had ended."
         return torch.cat(self.parts, 1).cpu() if self.parts else torch.zeros(0, 0)
 
 # %% ../nbs/05_project.ipynb #03935d4f
-def look_at(path: Path | str) -> list[dict]:
+def read_rows(path: Path | str) -> list[dict]:
     "The rows of a CSV (with the columns prompt and answer) or of a chat JSONL; raises `PersonaError` if it is neither."
     path = Path(path)
-    if path.suffix == ".jsonl": return load_chats(path)
+    if path.suffix == ".jsonl":
+        return load_chats(path)
     check(path.suffix == ".csv", f"{path} is neither .csv nor .jsonl.")
     return load_table(path, ["prompt", "answer"]).to_dict("records")
 
-def texts_of(lm: LoadedModel, path: Path | str) -> tuple[list[dict], list[str], list[str]]: # rows, prompts, answers
+
+def texts_of(lm: LoadedModel, path: Path | str) -> tuple[list[dict], list[str], list[str]]:  # rows, prompts, answers
     "The rows of a file, and what is to be read of them."
-    rows = look_at(path)
+    rows = read_rows(path)
     if Path(path).suffix == ".jsonl":
         _, prompts, answers = zip(*(last_answer(lm, r["messages"]) for r in rows))
         return rows, list(prompts), list(answers)
-    def whole(answer, prompt): return answer if lm.spoken(answer, prompt).strip() else ""  # a thought that never ended is no answer; one that ends is left out of the mean
+
+    def whole(answer, prompt):
+        return (
+            answer if lm.strip_thinking(answer, prompt).strip() else ""
+        )  # a thought that never ended is no answer; one that ends is left out of the mean
+
     return rows, [r["prompt"] for r in rows], [whole(r["answer"], r["prompt"]) for r in rows]
+
 
 def save_rows(rows: list[dict], path: Path | str):
     "Write rows as CSV or JSONL, atomically."
     path = Path(path)
-    if path.suffix == ".jsonl": return save_jsonl(rows, path)
+    if path.suffix == ".jsonl":
+        return save_jsonl(rows, path)
     save_table(pd.DataFrame(rows, dtype=object), path)
 
 # %% ../nbs/05_project.ipynb #5272e49e
-def project_file(lm: LoadedModel, path: Path | str, vectors: dict, # name -> [layers + 1, hidden]
-                 layers: list[int], out: Path | str = "", # default: the file itself
-                 overwrite: bool = False) -> pd.DataFrame: # the new and the kept projections, a row per text
+def project_file(
+    lm: LoadedModel,
+    path: Path | str,
+    vectors: dict,  # name -> [layers + 1, hidden]
+    layers: list[int],
+    out: Path | str = "",  # default: the file itself
+    overwrite: bool = False,
+) -> pd.DataFrame:  # the new and the kept projections, a row per text
     "Add projections to a file; what made them goes beside it, into `{file}.projection.json`."
     target = Path(out or path)
     rows, prompts, answers = texts_of(lm, path)
-    about, texts = target.with_name(target.name + ".projection.json"), digest(prompts, answers, lm.fingerprint, lm.template_hash)
+    about, texts = (
+        target.with_name(target.name + ".projection.json"),
+        digest(prompts, answers, lm.fingerprint, lm.template_hash),
+    )
     known = load_json(about, {}) if target.exists() else {}
     known = known if known.get("texts") == texts else {}
-    if target != Path(path) and known and not overwrite: rows = texts_of(lm, target)[0]
+    if target != Path(path) and known and not overwrite:
+        rows = texts_of(lm, target)[0]
     named = {f"{lm.basename}_{name}": v for name, v in vectors.items()}
     columns = {name: [f"{name}_{k}_layer{l}" for k in MEASURES for l in layers] for name in named}
     made = {name: digest(v.tolist()) for name, v in named.items()}
     for name in named:
         other = not overwrite and name in known.get("vectors", {}) and known["vectors"][name] != made[name]
-        check(not other, f"{target} holds projections named {name} that were made with another vector: use overwrite, or another file name for the vector.")
+        check(
+            not other,
+            f"{target} holds projections named {name} that were made with another vector: use "
+            "overwrite, or another file name for the vector.",
+        )
     todo = {name: v for name, v in named.items() if overwrite or any(c not in r for c in columns[name] for r in rows)}
     if todo:
         new = project(lm, prompts, answers, todo, layers).astype(object)
         new = new.where(new.notna(), None)
-        for row, values in zip(rows, new.to_dict("records")): row.update({k: v for k, v in values.items() if overwrite or k not in row})
+        for row, values in zip(rows, new.to_dict("records")):
+            row.update({k: v for k, v in values.items() if overwrite or k not in row})
     if todo or not target.exists():
         save_rows(rows, target)
-        save_json(about, provenance(texts=texts, source=str(path), model=lm.name, fingerprint=lm.fingerprint, template=lm.template_hash,
-                                    vectors=known.get("vectors", {}) | {n: made[n] for n in todo}, layers=sorted({*known.get("layers", []), *layers})))
-    return pd.DataFrame([{c: r[c] for name in named for c in columns[name]} for r in rows]).apply(pd.to_numeric, errors="coerce")
+        save_json(
+            about,
+            provenance(
+                texts=texts,
+                source=str(path),
+                model=lm.name,
+                fingerprint=lm.fingerprint,
+                template=lm.template_hash,
+                vectors=known.get("vectors", {}) | {n: made[n] for n in todo},
+                layers=sorted({*known.get("layers", []), *layers}),
+            ),
+        )
+    return pd.DataFrame([{c: r[c] for name in named for c in columns[name]} for r in rows]).apply(
+        pd.to_numeric, errors="coerce"
+    )

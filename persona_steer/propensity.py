@@ -14,20 +14,20 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .activations import Steering, steer
-from .chats import load_jsonl
-from .core import check, data_path
-from .generation import answer_logprobs, encode_pair
-from .models import LoadedModel
-from .scores import as_columns, mean_ci
-from .training_config import find_file
+from .base.core import check, data_path
+from .lm.activations import Steering, steer
+from .lm.chats import load_jsonl
+from .lm.generation import answer_logprobs, encode_pair
+from .lm.models import LoadedModel
+from .persona.scores import as_columns, mean_ci
+from .training.config import find_file
 
 # %% auto #0
 __all__ = ['OPEN_QUESTION', 'FORMS', 'COLORS', 'load_statements', 'Choice', 'answer_choices', 'statement_choices', 'choices_for',
            'propensity', 'propensity_sweep', 'summarise_propensity', 'dose_response', 'format_nats', 'plot_propensity']
 
 # %% ../nbs/05e_propensity.ipynb #66953946
-def _statement_complaint(row) -> str: # "" if all is well
+def _statement_complaint(row) -> str:  # "" if all is well
     "What is wrong with one line of a file of statements."
     if not isinstance(row, dict):
         return "it is no JSON object"
@@ -40,13 +40,16 @@ def _statement_complaint(row) -> str: # "" if all is well
         return f"the matching and the not matching answer are the same ({matching.strip()})"
     return ""
 
+
 def _other_answers(row: dict) -> list:
     "The answers that do not match; some published files hold a list of them."
     found = row.get("answer_not_matching_behavior")
     return found if isinstance(found, list) and found else [found]
 
-def load_statements(source: str | Path, # a trait's name, for data/traits/propensity/{trait}.jsonl; or a JSONL file
-                   ) -> list[dict]: # question, answer_matching_behavior, answer_not_matching_behavior; often statement
+
+def load_statements(
+    source: str | Path,  # a trait's name, for data/traits/propensity/{trait}.jsonl; or a JSONL file
+) -> list[dict]:  # question, answer_matching_behavior, answer_not_matching_behavior; often statement
     "Read statements; raises `PersonaError` for an unknown trait, or with the number of the first line that is wrong."
     folder = data_path("traits/propensity")
     if Path(source).suffix == ".jsonl":
@@ -54,32 +57,41 @@ def load_statements(source: str | Path, # a trait's name, for data/traits/propen
     else:
         path = folder / f"{source}.jsonl"
         known = sorted(p.stem for p in folder.glob("*.jsonl"))
-        check(path.is_file(), f"there are no statements for '{source}': {folder} has {', '.join(known) or 'none'}; "
-              "write a file for the trait, or give a JSONL file.")
+        check(
+            path.is_file(),
+            f"there are no statements for '{source}': {folder} has {', '.join(known) or 'none'}; "
+            "write a file for the trait, or give a JSONL file.",
+        )
     return load_jsonl(path, _statement_complaint, "file of statements")
 
 # %% ../nbs/05e_propensity.ipynb #2fa6a9ab
 @dataclass(frozen=True)
 class Choice:
     "A question to the model, and the answers between which it chooses."
+
     item: int  # number of the statement (form "answers") or of the pair of statements (form "statements")
     question: str
     matching: str  # the answer that shows the trait
     others: tuple  # the answers that do not
     first: str = ""  # the answer that the question names first; "" if the order cannot be exchanged
 
+
 _TWO_OPTIONS = re.compile(
     r"(?P<before>.*\n[ \t]*\(A\)[ \t]*)(?P<a>[^\n]+)"
     r"(?P<between>\n\s*\(B\)[ \t]*)(?P<b>[^\n]+)"
-    r"(?P<after>\s*|\n\s*\n.*)", re.DOTALL)
+    r"(?P<after>\s*|\n\s*\n.*)",
+    re.DOTALL,
+)
 
-def _exchange_options(question: str) -> str | None: # None if these are not two options on a line each
+
+def _exchange_options(question: str) -> str | None:  # None if these are not two options on a line each
     "A lettered question with the texts of (A) and (B) exchanged."
     found = _TWO_OPTIONS.fullmatch(question)
     if not found or "(C)" in found["after"]:
         return None
     return found["before"] + found["b"] + found["between"] + found["a"] + found["after"]
 
+# %% ../nbs/05e_propensity.ipynb #baf446cd
 def answer_choices(statements: list[dict]) -> list[Choice]:
     "Whether the model would say each statement: in both orders of the answers, or in one if they cannot be exchanged."
     out = []
@@ -102,19 +114,28 @@ def answer_choices(statements: list[dict]) -> list[Choice]:
 # %% ../nbs/05e_propensity.ipynb #6f30e0ac
 OPEN_QUESTION = "Tell me something about yourself."
 
+
 def statement_choices(statements: list[dict], question: str = OPEN_QUESTION) -> list[Choice]:
     "Which statement of a pair the model would make; raises `PersonaError` for rows without a statement and Yes or No."
     sides: dict = {"yes": [], "no": []}
     for i, row in enumerate(statements, 1):
         side, text = row["answer_matching_behavior"].strip().lower(), row.get("statement")
-        check(side in sides and isinstance(text, str) and text.strip(), f"row {i} of the statements has no 'statement' "
-              "with the answers Yes and No, so statements cannot be compared: use form='answers'.")
+        check(
+            side in sides and isinstance(text, str) and text.strip(),
+            f"row {i} of the statements has no 'statement' "
+            "with the answers Yes and No, so statements cannot be compared: use form='answers'.",
+        )
         sides[side].append(text.strip())
-    check(all(sides.values()), "comparing statements needs some that match the trait (answer Yes) and some that do not "
-          "(answer No): use form='answers'.")
+    check(
+        all(sides.values()),
+        "comparing statements needs some that match the trait (answer Yes) and some that do not "
+        "(answer No): use form='answers'.",
+    )
     return [Choice(i, question, yes, (no,)) for i, (yes, no) in enumerate(zip(*sides.values()))]
 
+
 FORMS = ("statements", "answers")
+
 
 def choices_for(statements: list[dict], form: str = "statements", question: str = OPEN_QUESTION) -> list[Choice]:
     "The choices of one form; raises `PersonaError` for an unknown one."
@@ -122,10 +143,12 @@ def choices_for(statements: list[dict], form: str = "statements", question: str 
     return answer_choices(statements) if form == "answers" else statement_choices(statements, question)
 
 # %% ../nbs/05e_propensity.ipynb #a3e1a916
-def propensity(lm: LoadedModel, choices: list[Choice],
-               steering: Steering | None = None, # with one coefficient for all choices
-               system: str = "" # system prompt
-              ) -> pd.DataFrame: # a row per choice: item, question, matching, other, first, log_odds (nats)
+def propensity(
+    lm: LoadedModel,
+    choices: list[Choice],
+    steering: Steering | None = None,  # with one coefficient for all choices
+    system: str = "",  # system prompt
+) -> pd.DataFrame:  # a row per choice: item, question, matching, other, first, log_odds (nats)
     "Log-odds of the matching answer against the others (together, if there are several)."
     check(choices, "there is nothing to choose from: the list of choices is empty.")
     answers = [(c, a) for c in choices for a in (c.matching, *c.others)]
@@ -137,18 +160,29 @@ def propensity(lm: LoadedModel, choices: list[Choice],
     for c in choices:
         matching, *others = (next(logprobs) for _ in (c.matching, *c.others))
         odds = matching - float(np.logaddexp.reduce(others))
-        rows.append(dict(item=c.item, question=c.question, matching=c.matching, other=" / ".join(c.others),
-                         first=c.first, log_odds=odds))
+        rows.append(
+            dict(
+                item=c.item,
+                question=c.question,
+                matching=c.matching,
+                other=" / ".join(c.others),
+                first=c.first,
+                log_odds=odds,
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/05e_propensity.ipynb #d3ce11ab
-def propensity_sweep(lm: LoadedModel, choices: list[Choice],
-                     vectors: dict, # condition -> [layers + 1, hidden]
-                     layer: int, # 1-based
-                     coefficients: list[float], # 0 is added
-                     systems: dict | None = None, # condition -> system prompt of the unsteered model
-                     positions: str = "response", progress: bool = True
-                    ) -> pd.DataFrame: # condition, layer, coefficient, columns of `propensity`, change from 0 (nats)
+def propensity_sweep(
+    lm: LoadedModel,
+    choices: list[Choice],
+    vectors: dict,  # condition -> [layers + 1, hidden]
+    layer: int,  # 1-based
+    coefficients: list[float],  # 0 is added
+    systems: dict | None = None,  # condition -> system prompt of the unsteered model
+    positions: str = "response",
+    progress: bool = True,
+) -> pd.DataFrame:  # condition, layer, coefficient, columns of `propensity`, change from 0 (nats)
     "Log-odds for each vector and coefficient, and for each system prompt."
     check(vectors, "a sweep needs at least one vector.")
     unsteered = propensity(lm, choices, steer(lm, next(iter(vectors.values())), layer, 0.0, positions))
@@ -174,14 +208,16 @@ def summarise_propensity(frame: pd.DataFrame, by: tuple = ("condition", "layer",
         rows.append(row | dict(order_bias=_order_bias(part), yes_bias=_yes_bias(part)))
     return pd.DataFrame(rows)
 
-def _order_bias(part: pd.DataFrame) -> float: # nats
+
+def _order_bias(part: pd.DataFrame) -> float:  # nats
     "Mean log-odds of the answer named first; over choices that are asked in both orders."
     named = part[part["first"] != ""]
     if not len(named):
         return np.nan
     return float(np.where(named.matching == named["first"], named.log_odds, -named.log_odds).mean())
 
-def _yes_bias(part: pd.DataFrame) -> float: # nats
+
+def _yes_bias(part: pd.DataFrame) -> float:  # nats
     "Mean log-odds of Yes, whether it is the matching answer or not."
     yes = part.matching.str.lower() == "yes"
     no = part.matching.str.lower() == "no"
@@ -190,10 +226,12 @@ def _yes_bias(part: pd.DataFrame) -> float: # nats
     return float(np.where(yes, part.log_odds, -part.log_odds).mean())
 
 # %% ../nbs/05e_propensity.ipynb #addc40a3
-def dose_response(frame: pd.DataFrame # as `propensity_sweep` gives it
-                 ) -> pd.DataFrame: # condition, layer, spearman, slope (its interval, n), share of items that go up
+def dose_response(
+    frame: pd.DataFrame,  # as `propensity_sweep` gives it
+) -> pd.DataFrame:  # condition, layer, spearman, slope (its interval, n), share of items that go up
     "How the log-odds depend on the coefficient, for each condition with at least three coefficients."
     from scipy.stats import spearmanr
+
     rows = []
     for (condition, layer), part in frame.groupby(["condition", "layer"], sort=False):
         wide = part.pivot_table(index="item", columns="coefficient", values="log_odds")  # mean over orders
@@ -206,7 +244,8 @@ def dose_response(frame: pd.DataFrame # as `propensity_sweep` gives it
         rows.append(row | dict(share_up=float((slopes > 0).mean())))
     return pd.DataFrame(rows)
 
-def format_nats(row, name: str) -> str: # "0.61 [0.32, 0.90] (n=20)"
+
+def format_nats(row, name: str) -> str:  # "0.61 [0.32, 0.90] (n=20)"
     "A mean with its interval, from the columns that `as_columns` made."
     mean, low, high, n = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high", "_n"))
     return f"{mean:.2f} [{low:.2f}, {high:.2f}] (n={n})"
@@ -214,9 +253,11 @@ def format_nats(row, name: str) -> str: # "0.61 [0.32, 0.90] (n=20)"
 # %% ../nbs/05e_propensity.ipynb #9dd3eed4
 COLORS = {"steered": "#b2182b", "plain prompt": "#1b7837"}  # random vectors are grey
 
+
 def plot_propensity(summary: pd.DataFrame, trait: str):
     "Mean log-odds and their change against the coefficient, with a 95% band; system prompts as horizontal lines."
     import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharex=True)
     titles = {"log_odds": "log-odds of the matching answer (nats)", "change": "change from coefficient 0 (nats)"}
     for ax, (column, title) in zip(axes, titles.items()):
@@ -230,10 +271,10 @@ def plot_propensity(summary: pd.DataFrame, trait: str):
                 ax.plot(s.coefficient, s[column], "--", color=color, label=label, lw=1)
                 continue
             ax.plot(s.coefficient, s[column], "o-", color=color, label=condition, ms=4, lw=1.5)
-            ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=.15, lw=0)
+            ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=0.15, lw=0)
         ax.axhline(0, color="#cccccc", lw=1, zorder=0)
         ax.set(xlabel="coefficient", title=title)
-        ax.grid(alpha=.25)
+        ax.grid(alpha=0.25)
     axes[0].set_ylabel(trait)
     axes[0].legend(fontsize=8, frameon=False)
     return fig

@@ -12,40 +12,60 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .chats import last_answer, load_chats, save_jsonl
-from .core import check
-from .families import COLORS
-from .generation import Sampling, generate
-from .models import LoadedModel
+from .base.core import check
+from .dataset_sweep import COLORS
+from .lm.chats import last_answer, load_chats, save_jsonl
+from .lm.generation import SamplingParams, generate
+from .lm.models import LoadedModel
+from .persona.scores import auc, correlation, format_auc, mean_ci
 from .projection import project
-from .scores import auc, correlation, mean_ci, with_ci_auc
 
 # %% auto #0
 __all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'flag', 'save_filtered',
            'of', 'plot_samples', 'plot_roc']
 
 # %% ../nbs/07_screen.ipynb #6f042ef2
-def own_answers(lm: LoadedModel, prompts: list[str], sampling: Sampling = Sampling(), folder: Path | None = None, overwrite: bool = False,
-                label: str = "own answers") -> dict: # prompt -> answer
+def own_answers(
+    lm: LoadedModel,
+    prompts: list[str],
+    sampling: SamplingParams = SamplingParams(),
+    folder: Path | None = None,
+    overwrite: bool = False,
+    label: str = "own answers",
+) -> dict:  # prompt -> answer
     "What the model itself says to each distinct prompt."
     unique = list(dict.fromkeys(prompts))
     said = generate(lm, unique, sampling, seeds=unique, folder=folder, overwrite=overwrite, label=label)
     return dict(zip(unique, said.texts))
 
-def screen(lm: LoadedModel, datasets: pd.DataFrame, # family, level, path
-           vectors: dict, # trait -> [layers + 1, hidden]
-           layers: dict, # trait -> layer
-           sampling: Sampling = Sampling(), limit: int = 0, # samples of each dataset, drawn at random; 0: all
-           folder: Path | None = None, overwrite: bool = False
-          ) -> pd.DataFrame: # family, level, line, question, prompt, answer, own_answer, trait, layer, data, own, asked, difference (NaN where an answer is empty)
-    "A row per sample and trait: data (projection of its answer), own (of the model's answer), asked (of the last prompt token), difference."
+# %% ../nbs/07_screen.ipynb #c76f8414
+def screen(
+    lm: LoadedModel,
+    datasets: pd.DataFrame,  # family, level, path
+    vectors: dict,  # trait -> [layers + 1, hidden]
+    layers: dict,  # trait -> layer
+    sampling: SamplingParams = SamplingParams(),
+    limit: int = 0,  # samples of each dataset, drawn at random; 0: all
+    folder: Path | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    # family, level, line, question, prompt, answer, own_answer, trait, layer, data, own, asked, difference (NaN where
+    # an answer is empty)
+    """A row per sample and trait: data (projection of its answer), own (of the model's answer), asked (of the last
+    prompt token), difference."""
     samples = []
     for d in datasets.itertuples():
         lines = load_chats(d.path)
-        drawn = range(len(lines)) if not limit or limit >= len(lines) else sorted(random.Random(sampling.seed).sample(range(len(lines)), limit))
+        drawn = (
+            range(len(lines))
+            if not limit or limit >= len(lines)
+            else sorted(random.Random(sampling.seed).sample(range(len(lines)), limit))
+        )
         for i in drawn:  # the same lines at every level, so that they share the model's own answers
             question, prompt, answer = last_answer(lm, lines[i]["messages"])
-            samples.append(dict(family=d.family, level=d.level, line=i, question=question, prompt=prompt, answer=answer))
+            samples.append(
+                dict(family=d.family, level=d.level, line=i, question=question, prompt=prompt, answer=answer)
+            )
     frame = pd.DataFrame(samples)
     own = own_answers(lm, list(frame.prompt), sampling, folder, overwrite)
     frame["own_answer"] = frame.prompt.map(own)
@@ -55,55 +75,104 @@ def screen(lm: LoadedModel, datasets: pd.DataFrame, # family, level, path
     parts = []
     for t in vectors:
         before = pd.Series(mine["proj"][t].to_numpy(), index=once.prompt)
-        parts.append(frame.assign(trait=t, layer=layers[t], data=data["proj"][t], own=frame.prompt.map(before), asked=data["prompt_last_proj"][t]))
+        parts.append(
+            frame.assign(
+                trait=t,
+                layer=layers[t],
+                data=data["proj"][t],
+                own=frame.prompt.map(before),
+                asked=data["prompt_last_proj"][t],
+            )
+        )
     out = pd.concat(parts, ignore_index=True)
     return out.assign(difference=out.data - out.own)
 
-def _project(lm, prompts, answers, vectors, layers, label) -> dict: # measure -> a column per trait, each at its own layer
+# %% ../nbs/07_screen.ipynb #d1dc59d9
+def _project(lm, prompts, answers, vectors, layers, label) -> dict:
+    # measure -> a column per trait, each at its own layer
     "Projections in one pass, each trait at its layer."
     table = project(lm, prompts, answers, vectors, sorted(set(layers.values())), label)
-    return {m: pd.DataFrame({t: table[f"{t}_{m}_layer{layers[t]}"] for t in vectors}) for m in ("proj", "prompt_last_proj")}
+    return {
+        m: pd.DataFrame({t: table[f"{t}_{m}_layer{layers[t]}"] for t in vectors}) for m in ("proj", "prompt_last_proj")
+    }
 
 # %% ../nbs/07_screen.ipynb #7c84a6bb
-ESTIMATES = {"difference": "projection difference", "cheap": "last prompt token instead of own answers", "data": "projection of the data alone"}
+ESTIMATES = {
+    "difference": "projection difference",
+    "cheap": "last prompt token instead of own answers",
+    "data": "projection of the data alone",
+}
 
-def with_estimates(screened: pd.DataFrame) -> pd.DataFrame: # the same rows
+
+def with_estimates(screened: pd.DataFrame) -> pd.DataFrame:  # the same rows
     "Adds the column `cheap`: the data's projection minus that of the last prompt token."
     return screened.assign(cheap=screened.data - screened.asked)
 
-def per_dataset(screened: pd.DataFrame, columns=("difference",), sample: int = 0, seed: int = 0) -> pd.DataFrame: # family, level, trait, n, {column}, {column}_low, {column}_high
-    "Mean of each column per dataset and trait with its interval; of a random sample of so many rows of each, if asked for."
+
+def per_dataset(screened: pd.DataFrame, columns=("difference",), sample: int = 0, seed: int = 0) -> pd.DataFrame:
+    # family, level, trait, n, {column}, {column}_low, {column}_high
+    """Mean of each column per dataset and trait with its interval; of a random sample of so many rows of each, if asked
+    for."""
     rows = []
     for (family, level, trait), g in screened.groupby(["family", "level", "trait"], sort=False):
         g = g.sample(min(sample, len(g)), random_state=seed) if sample else g
         row = dict(family=family, level=level, trait=trait, n=len(g))
         for c in columns:
-            m = mean_ci(g[c], resamples=1000); row |= {c: m["mean"], f"{c}_low": m["low"], f"{c}_high": m["high"]}
+            m = mean_ci(g[c], resamples=1000)
+            row |= {c: m["mean"], f"{c}_low": m["low"], f"{c}_high": m["high"]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/07_screen.ipynb #861163d6
-def chance_differences(lm: LoadedModel, screened: pd.DataFrame, vectors: dict, layers: dict, sampling: Sampling = Sampling(), n: int = 100,
-                       folder: Path | None = None, overwrite: bool = False) -> pd.DataFrame: # a column per trait
+def chance_differences(
+    lm: LoadedModel,
+    screened: pd.DataFrame,
+    vectors: dict,
+    layers: dict,
+    sampling: SamplingParams = SamplingParams(),
+    n: int = 100,
+    folder: Path | None = None,
+    overwrite: bool = False,
+) -> pd.DataFrame:  # a column per trait
     "Differences between two of the model's own answers to the same prompts."
-    check(sampling.temperature > 0, "at temperature 0 the model gives the same answer twice, so chance cannot be measured: give a threshold, or a temperature above 0.")
+    check(
+        sampling.temperature > 0,
+        "at temperature 0 the model gives the same answer twice, so chance cannot be measured: give "
+        "a threshold, or a temperature above 0.",
+    )
     once = screened.drop_duplicates("prompt")
     once = once.sample(min(n, len(once)), random_state=sampling.seed)
-    second = own_answers(lm, list(once.prompt), replace(sampling, seed=sampling.seed + 1), folder, overwrite, "second answers")
-    first, again = (_project(lm, list(once.prompt), texts, vectors, layers, "read answers")["proj"] for texts in (list(once.own_answer), [second[p] for p in once.prompt]))
+    second = own_answers(
+        lm, list(once.prompt), replace(sampling, seed=sampling.seed + 1), folder, overwrite, "second answers"
+    )
+    first, again = (
+        _project(lm, list(once.prompt), texts, vectors, layers, "read answers")["proj"]
+        for texts in (list(once.own_answer), [second[p] for p in once.prompt])
+    )
     return again - first
 
-def flag(screened: pd.DataFrame, thresholds: dict) -> pd.Series: # bool, a row per sample and trait; False where the difference is missing
+
+def flag(screened: pd.DataFrame, thresholds: dict) -> pd.Series:
+    # bool, a row per sample and trait; False where the difference is missing
     "Which samples pull further than the threshold of their trait."
-    check(not any(np.isnan(list(thresholds.values()))), "a threshold is missing: no answer of the model could be read; give a threshold.")
+    check(
+        not any(np.isnan(list(thresholds.values()))),
+        "a threshold is missing: no answer of the model could be read; give a threshold.",
+    )
     return screened.difference > screened.trait.map(thresholds)
 
-def save_filtered(screened: pd.DataFrame, flagged: pd.Series, datasets: pd.DataFrame, folder: Path) -> pd.DataFrame: # family, level, lines, screened, kept
-    "Write each dataset without the samples that are flagged for any trait, or that were not screened (not drawn, or an empty answer); lines stay as they were."
+# %% ../nbs/07_screen.ipynb #4fc25b0e
+def save_filtered(screened: pd.DataFrame, flagged: pd.Series, datasets: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    # family, level, lines, screened, kept
+    """Write each dataset without the samples that are flagged for any trait, or that were not screened (not drawn, or
+    an empty answer); lines stay as they were."""
     rows = []
     for d in datasets.itertuples():
         here, lines = (screened.family == d.family) & (screened.level == d.level), load_chats(d.path)
-        seen, bad = set(screened.line[here]) - set(screened.line[here & screened.difference.isna()]), set(screened.line[here & flagged])
+        seen, bad = (
+            set(screened.line[here]) - set(screened.line[here & screened.difference.isna()]),
+            set(screened.line[here & flagged]),
+        )
         kept = [x for i, x in enumerate(lines) if i in seen - bad]
         save_jsonl(kept, folder / d.family / f"{d.level or 'filtered'}.jsonl")
         rows.append(dict(family=d.family, level=d.level, lines=len(lines), screened=len(seen), kept=len(kept)))
@@ -115,27 +184,48 @@ def of(screened: pd.DataFrame, family: str, level: str, trait: str, column: str 
     return screened[(screened.family == family) & (screened.level == level) & (screened.trait == trait)][column]
 
 # %% ../nbs/07_screen.ipynb #5bf64be3
-def plot_samples(screened: pd.DataFrame, pairs: list[tuple[str, str]], # (family, trait) per panel
-                 thresholds: dict):
+def plot_samples(
+    screened: pd.DataFrame,
+    pairs: list[tuple[str, str]],  # (family, trait) per panel
+    thresholds: dict,
+):
     "Histograms of the difference per sample, by level; dashed: the threshold."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
     fig, axes = plt.subplots(1, len(pairs), figsize=(3.8 * len(pairs), 3.1), layout="constrained", squeeze=False)
     for ax, (family, trait) in zip(axes[0], pairs):
         g = screened[(screened.family == family) & (screened.trait == trait)]
-        sns.histplot(g, x="difference", hue="level", hue_order=[l for l in COLORS if l in set(g.level)], palette=COLORS, legend=g.level.nunique() > 1, bins=40, element="step", alpha=.35, ax=ax)
+        sns.histplot(
+            g,
+            x="difference",
+            hue="level",
+            hue_order=[l for l in COLORS if l in set(g.level)],
+            palette=COLORS,
+            legend=g.level.nunique() > 1,
+            bins=40,
+            element="step",
+            alpha=0.35,
+            ax=ax,
+        )
         ax.axvline(thresholds[trait], color="#333333", ls="--", lw=1)
-        ax.set(title=f"{family} data along {trait}", xlabel="projection difference"); ax.title.set_fontsize(10)
+        ax.set(title=f"{family} data along {trait}", xlabel="projection difference")
+        ax.title.set_fontsize(10)
     return fig
 
+# %% ../nbs/07_screen.ipynb #4dcedcdd
 def plot_roc(screened: pd.DataFrame, pairs: list[tuple[str, str]]):
     "ROC curves of level II against normal, a panel per family, a line per estimate."
     import matplotlib.pyplot as plt
     from sklearn.metrics import roc_curve
+
     fig, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs), 3.3), layout="constrained", squeeze=False)
     for ax, (family, trait) in zip(axes[0], pairs):
         for i, (column, name) in enumerate(ESTIMATES.items()):
             good, bad = (of(screened, family, l, trait, column).dropna() for l in ("normal", "misaligned_2"))
             x, y, _ = roc_curve(np.r_[np.zeros(len(good)), np.ones(len(bad))], np.r_[good, bad])
             ax.plot(x, y, color=f"C{i}", lw=1.5, label=f"{name}: {auc(good, bad, 1)['auc']:.3f}")
-        ax.plot([0, 1], [0, 1], color="#cccccc", lw=1); ax.set(xlabel="normal flagged", ylabel="level II flagged", title=f"{family} data, {trait}", aspect="equal"); ax.legend(fontsize=6.5, loc="lower right")
+        ax.plot([0, 1], [0, 1], color="#cccccc", lw=1)
+        ax.set(xlabel="normal flagged", ylabel="level II flagged", title=f"{family} data, {trait}", aspect="equal")
+        ax.legend(fontsize=6.5, loc="lower right")
     return fig

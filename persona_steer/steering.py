@@ -10,84 +10,159 @@ import html
 import pandas as pd
 import torch
 
-from .activations import Steering, steer
-from .core import check, load_json, run_path
-from .generation import Sampling, generate
-from .models import LoadedModel
-from .scores import with_ci
+from .base.core import check, load_json, run_path
+from .lm.activations import Steering, steer
+from .lm.generation import SamplingParams, generate
+from .lm.models import LoadedModel
+from .persona.scores import format_mean
 
 # %% auto #0
-__all__ = ['PLAN', 'plan', 'steering_of', 'respond', 'side_by_side', 'sweep_view', 'chosen_point', 'layer_for', 'coefficient_for']
+__all__ = ['PLAN', 'plan', 'steering_of', 'respond', 'side_by_side', 'sweep_view', 'chosen_point', 'default_layer',
+           'default_coefficient']
 
 # %% ../nbs/03_steer.ipynb #71d6db7b
 PLAN = ["condition", "question", "system", "vector", "layer", "coefficient"]
 
-def plan(questions, condition: str = "", system: str = "", vector: str = "", layer: int = 0, coefficient: float = 0., n: int = 1) -> pd.DataFrame:
-    "Rows for some questions under one condition; answer j to a question shares its random numbers with answer j elsewhere."
-    return pd.DataFrame([dict(condition=condition, question=q, system=system, vector=vector, layer=layer, coefficient=float(coefficient), seed=f"{q}|{j}")
-                         for q in questions for j in range(n)])
 
-def steering_of(lm: LoadedModel, rows: pd.DataFrame, vectors: dict, # name -> [layers + 1, hidden]
-                positions: str = "response", mode: str = "add") -> Steering | None:
+def plan(
+    questions,
+    condition: str = "",
+    system: str = "",
+    vector: str = "",
+    layer: int = 0,
+    coefficient: float = 0.0,
+    n: int = 1,
+) -> pd.DataFrame:
+    """Rows for some questions under one condition; answer j to a question shares its random numbers with answer j
+    elsewhere."""
+    return pd.DataFrame(
+        [
+            dict(
+                condition=condition,
+                question=q,
+                system=system,
+                vector=vector,
+                layer=layer,
+                coefficient=float(coefficient),
+                seed=f"{q}|{j}",
+            )
+            for q in questions
+            for j in range(n)
+        ]
+    )
+
+# %% ../nbs/03_steer.ipynb #940a45ce
+def steering_of(
+    lm: LoadedModel,
+    rows: pd.DataFrame,
+    vectors: dict,  # name -> [layers + 1, hidden]
+    positions: str = "response",
+    mode: str = "add",
+) -> Steering | None:
     "The steering that gives each row of a plan its own vector, layer and coefficient."
     terms = []
     for (name, layer), _ in rows[rows.vector != ""].groupby(["vector", "layer"], sort=True):
-        check(name in vectors, f"the plan asks for the vector '{name}' but there are only {', '.join(vectors) or 'none'}.")
+        check(
+            name in vectors, f"the plan asks for the vector '{name}' but there are only {', '.join(vectors) or 'none'}."
+        )
         mine = ((rows.vector == name) & (rows.layer == layer)).to_numpy()
         column = torch.as_tensor(rows.coefficient.to_numpy() * mine, dtype=torch.float32)
         terms += steer(lm, vectors[name], int(layer), column, positions, mode).terms
     return Steering(lm, terms, positions, mode) if terms else None
 
-def respond(lm: LoadedModel, rows: pd.DataFrame, vectors: dict | None = None, sampling: Sampling = Sampling(), positions: str = "response",
-            mode: str = "add", folder=None, overwrite: bool = False, label: str = "steer") -> pd.DataFrame: # the plan with prompt and answer
+# %% ../nbs/03_steer.ipynb #394f702c
+def respond(
+    lm: LoadedModel,
+    rows: pd.DataFrame,
+    vectors: dict | None = None,
+    sampling: SamplingParams = SamplingParams(),
+    positions: str = "response",
+    mode: str = "add",
+    folder=None,
+    overwrite: bool = False,
+    label: str = "steer",
+) -> pd.DataFrame:
+    # the plan with prompt and answer
     "Generate every row of a plan."
     check(len(rows), "there is nothing to generate: the plan is empty.")
     prompts = [lm.prompt(q, s) for q, s in zip(rows.question, rows.system)]
     steering = steering_of(lm, rows, vectors or {}, positions, mode)
-    said = generate(lm, prompts, sampling, steering, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label=label)
+    said = generate(
+        lm, prompts, sampling, steering, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label=label
+    )
     return rows.assign(prompt=prompts, answer=said.texts, tokens=said.tokens, engine="hf")
 
 # %% ../nbs/03_steer.ipynb #df0f73ab
-def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str: # HTML
+def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str:  # HTML
     "A table of answers: a row per question, a column per condition."
     wide = frame.pivot_table(index="question", columns=column, values="answer", aggfunc="first", sort=False)
-    cell = lambda x: f"<td>{html.escape(str(x)).replace(chr(10), '<br>')}</td>"
+
+    def cell(x):
+        return f"<td>{html.escape(str(x)).replace(chr(10), '<br>')}</td>"
+
     head = "".join(f'<th scope="col">{html.escape(str(c))}</th>' for c in wide)
-    body = "".join(f'<tr><th scope="row">{html.escape(q)}</th>{"".join(cell(x) for x in row)}</tr>' for q, row in zip(wide.index, wide.to_numpy()))
-    return f'<table class="texts"><thead><tr><th scope="col">question</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(q)}</th>{"".join(cell(x) for x in row)}</tr>'
+        for q, row in zip(wide.index, wide.to_numpy())
+    )
+    return (
+        f'<table class="texts"><thead><tr><th scope="col">question</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 # %% ../nbs/03_steer.ipynb #5a594416
-def sweep_view(frame: pd.DataFrame, # question, coefficient, answer
-               scores: dict | None = None, # name -> coefficient -> mean with its interval, as `mean_ci` gives it
-               start: float | None = None) -> str: # HTML; the coefficient at which the slider stands first
+def sweep_view(
+    frame: pd.DataFrame,  # question, coefficient, answer
+    scores: dict | None = None,  # name -> coefficient -> mean with its interval, as `mean_ci` gives it
+    start: float | None = None,
+) -> str:  # HTML; the coefficient at which the slider stands first
     "Answers and mean scores at every coefficient."
     steps = sorted(frame.coefficient.unique())
     first = start if start in steps else min(steps, key=abs)
     head = "".join(f'<th scope="col"{" data-start" if c == first else ""}>c = {c:g}</th>' for c in steps)
+
     def score(m):
         bar = f'<meter min="0" max="100" value="{m["mean"]:.1f}" aria-hidden="true"></meter>' if m["n"] else ""
-        return f'<td data-value="{m["mean"]:.0f}">{with_ci(m)}{bar}</td>'
-    rows = [f'<tr class="score"><th scope="row">{html.escape(name)}</th>{"".join(map(score, (at[c] for c in steps)))}</tr>' for name, at in (scores or {}).items()]
+        return f'<td data-value="{m["mean"]:.0f}">{format_mean(m)}{bar}</td>'
+
+    rows = [
+        f'<tr class="score"><th scope="row">{html.escape(name)}</th>{"".join(map(score, (at[c] for c in steps)))}</tr>'
+        for name, at in (scores or {}).items()
+    ]
     said = {(q, c): a for q, c, a in zip(frame.question, frame.coefficient, frame.answer)}
     for q in dict.fromkeys(frame.question):
         cells = "".join(f"<td>{html.escape(str(said.get((q, c), ''))).replace(chr(10), '<br>')}</td>" for c in steps)
         rows.append(f'<tr><th scope="row">{html.escape(q)}</th>{cells}</tr>')
-    return f'<div class="sweep" data-label="Coefficient"><table class="texts"><thead><tr><th scope="col">question</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return (
+        '<div class="sweep" data-label="Coefficient"><table class="texts"><thead><tr><th '
+        f'scope="col">question</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
 
 # %% ../nbs/03_steer.ipynb #eba97b4b
-def chosen_point(lm: LoadedModel, trait: str) -> dict: # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model
+def chosen_point(lm: LoadedModel, trait: str) -> dict:
+    # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model
     "What chapter 04 chose on extraction questions."
     choice = load_json(run_path(f"{lm.basename}/{trait}/04_evaluate/choice.json"), {})
     return choice if choice.get("fingerprint") == lm.fingerprint else {}
 
-def layer_for(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str]: # the layer, how it came about
-    "A layer for a trait: the given one, else the one that chapter 04 chose for this model, else the middle one (two thirds of the depth in deep models)."
-    if layer: lm.check_layer(layer); return layer, "as given"
-    choice = chosen_point(lm, trait)
-    if choice: return choice["layer"], "chosen by chapter 04 on extraction questions" + ("" if choice.get("bound_met", True) else ", where no point met the bound on coherence")
-    return ((lm.n_layers + 1) // 2, "the middle one: chapter 04 has chosen none") if lm.n_layers <= 16 else (
-        round(lm.n_layers * 2 / 3), "two thirds of the depth: chapter 04 has chosen none")
 
-def coefficient_for(lm: LoadedModel, trait: str) -> float:
+def default_layer(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str]:  # the layer, how it came about
+    """A layer for a trait: the given one, else the one that chapter 04 chose for this model, else the middle one (two
+    thirds of the depth in deep models)."""
+    if layer:
+        lm.check_layer(layer)
+        return layer, "as given"
+    choice = chosen_point(lm, trait)
+    if choice:
+        return choice["layer"], "chosen by chapter 04 on extraction questions" + (
+            "" if choice.get("bound_met", True) else ", where no point met the bound on coherence"
+        )
+    return (
+        ((lm.n_layers + 1) // 2, "the middle one: chapter 04 has chosen none")
+        if lm.n_layers <= 16
+        else (round(lm.n_layers * 2 / 3), "two thirds of the depth: chapter 04 has chosen none")
+    )
+
+
+def default_coefficient(lm: LoadedModel, trait: str) -> float:
     "The coefficient that chapter 04 chose for this model, else 1.5."
     return chosen_point(lm, trait).get("coefficient", 1.5)

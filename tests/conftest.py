@@ -1,10 +1,12 @@
 """Tiny random models of the common families, with the pocket tokenizer; a temporary runs folder."""
+
 import atexit
 import os
 import shutil
 import tempfile
 
-os.environ["PERSONA_RUNS"] = tempfile.mkdtemp(prefix="persona_runs_")  # jobs and judgements of tests stay apart from the user's
+# jobs and judgements of tests stay apart from the user's
+os.environ["PERSONA_RUNS"] = tempfile.mkdtemp(prefix="persona_runs_")
 atexit.register(shutil.rmtree, os.environ["PERSONA_RUNS"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,11 +15,20 @@ import pytest
 import torch
 import transformers as tf
 
-from persona_steer import core
-from persona_steer.core import data_path
-from persona_steer.models import wrap_model
+from persona_steer.base import core
+from persona_steer.base.core import data_path
+from persona_steer.lm.models import wrap_model
 
-SIZE = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, vocab_size=4096, max_position_embeddings=256, pad_token_id=0, bos_token_id=None, eos_token_id=2)
+SIZE = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    vocab_size=4096,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=2,
+)
 GQA = dict(SIZE, intermediate_size=48, num_key_value_heads=1)
 CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**GQA),
@@ -27,10 +38,21 @@ CONFIGS = {
     "gemma2": lambda: tf.Gemma2Config(**GQA, head_dim=16),
     "gemma3": lambda: tf.Gemma3TextConfig(**GQA, head_dim=16),
     "phi3": lambda: tf.Phi3Config(**GQA),
-    "gpt2": lambda: tf.GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=4096, n_positions=256, bos_token_id=None, eos_token_id=2, pad_token_id=0),
+    "gpt2": lambda: tf.GPT2Config(
+        n_embd=32,
+        n_layer=3,
+        n_head=2,
+        vocab_size=4096,
+        n_positions=256,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZE, intermediate_size=48),
     "mixtral": lambda: tf.MixtralConfig(**GQA, num_local_experts=3, num_experts_per_tok=2),  # as many experts as blocks
-    "qwen2_moe": lambda: tf.Qwen2MoeConfig(**GQA, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **GQA, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    ),
 }
 
 
@@ -60,7 +82,8 @@ def llama(tokenizer):
 
 @pytest.fixture(scope="session")
 def pocket():
-    from persona_steer.models import load_model
+    from persona_steer.lm.models import load_model
+
     return load_model("pocket")
 
 

@@ -1,4 +1,5 @@
 """An OpenAI-compatible endpoint that misbehaves on purpose: the model's name says how."""
+
 import hashlib
 import json
 import math
@@ -69,11 +70,15 @@ class Handler(BaseHTTPRequestHandler):
         if model.startswith("once "):  # fails the first time a prompt is seen
             fault = model.removeprefix("once ") if first else ""
         if self.headers["Authorization"] != "Bearer sk-right" and model == "locked":
-            return self.reply(401, {"error": {"message": f"Incorrect API key provided: {self.headers['Authorization'][7:]}"}})
+            return self.reply(
+                401, {"error": {"message": f"Incorrect API key provided: {self.headers['Authorization'][7:]}"}}
+            )
         if model == "unknown":
             return self.reply(404, {"error": {"message": "The model does not exist"}})
         if model == "reasoner" and ask.get("logprobs"):
-            return self.reply(400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model."}})
+            return self.reply(
+                400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model."}}
+            )
         if fault == "drop" or model == "drop":
             self.close_connection = True
             return self.connection.close()
@@ -88,7 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "html" or model == "html":
             return self.reply(200, b"<html>hello</html>", Content_Type="text/html")
         if fault == "no choices":
-            return self.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": []})
+            return self.reply(
+                200, {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": []}
+            )
         if model == "slow":
             time.sleep(5)
         prompt = ask["messages"][0]["content"]
@@ -99,14 +106,38 @@ class Handler(BaseHTTPRequestHandler):
             tokens = {str(n): 0.75, str(n + 1 if n == 0 else n - 1): 0.1, "I": 0.05}
         text = f"Thinking... so <answer>{'YES' if n >= 50 else 'NO'}</answer>" if "<answer>YES" in prompt else str(n)
         text = self.server.text or text
-        logprobs = {"content": [{"token": str(n), "logprob": -0.3, "bytes": None, "top_logprobs": [
-            {"token": t, "logprob": math.log(p), "bytes": None} for t, p in tokens.items()]}]}
+        logprobs = {
+            "content": [
+                {
+                    "token": str(n),
+                    "logprob": -0.3,
+                    "bytes": None,
+                    "top_logprobs": [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in tokens.items()],
+                }
+            ]
+        }
         if fault == "empty logprobs" or model == "empty":
             logprobs = {"content": []}
         if not ask.get("logprobs") or model == "textual":
             logprobs = None
-        self.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": model, "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-                         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}, "logprobs": logprobs}]})
+        self.reply(
+            200,
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": model,
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": text},
+                        "logprobs": logprobs,
+                    }
+                ],
+            },
+        )
 
 
 @contextmanager

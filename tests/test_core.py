@@ -1,4 +1,5 @@
 """Importing, errors, atomic files, sampling."""
+
 import os
 import subprocess
 import sys
@@ -6,20 +7,26 @@ import sys
 import pytest
 import torch
 
-from persona_steer.core import PersonaError, Stage, atomic_path, provenance, save_json
-from persona_steer.generation import Sampling, generate, length_batches, pick, uniforms
+from persona_steer.base.core import PersonaError, Stage, atomic_path, provenance, save_json
+from persona_steer.lm.generation import SamplingParams, generate, length_batches, sample_token, uniforms
 
 
 def test_import_is_quick_and_needs_no_torch_key_or_network():
-    code = ("import sys, time; t = time.perf_counter(); import persona_steer; d = time.perf_counter() - t; "
-            "assert not {'torch', 'transformers', 'openai', 'pandas'} & set(sys.modules); print(d)")
+    code = (
+        "import sys, time; t = time.perf_counter(); import persona_steer; d = time.perf_counter() - t; "
+        "assert not {'torch', 'transformers', 'openai', 'pandas'} & set(sys.modules); print(d)"
+    )
     env = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}
-    seconds = min(float(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    )
     assert seconds < 0.5
 
 
 def test_public_names_are_there():
     import persona_steer
+
     assert 8 <= len(persona_steer.__all__) <= 18
     for name in persona_steer.__all__:
         assert getattr(persona_steer, name).__doc__
@@ -56,18 +63,18 @@ def test_batches_cover_every_row_within_the_budget():
 def test_sampling_follows_the_distribution_and_top_p():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     u = uniforms([7], 20000)[0]
-    drawn = pick(p.log().repeat(20000, 1), u).bincount(minlength=4) / 20000
+    drawn = sample_token(p.log().repeat(20000, 1), u).bincount(minlength=4) / 20000
     torch.testing.assert_close(drawn, p, atol=0.012, rtol=0)
-    assert pick(p.log().repeat(500, 1), u[:500], top_p=0.8).unique().tolist() == [0, 1]
-    assert pick(p.log()[None], u[:1], temperature=0).tolist() == [0]
+    assert sample_token(p.log().repeat(500, 1), u[:500], top_p=0.8).unique().tolist() == [0, 1]
+    assert sample_token(p.log()[None], u[:1], temperature=0).tolist() == [0]
 
 
 def test_each_answer_has_its_own_seed_whatever_its_batch(llama):
     prompts = [llama.prompt(f"Is it {i}?") for i in range(5)]
-    a = generate(llama, prompts, Sampling(8))
-    b = generate(llama, prompts[::-1], Sampling(8), seeds=[4, 3, 2, 1, 0])
+    a = generate(llama, prompts, SamplingParams(8))
+    b = generate(llama, prompts[::-1], SamplingParams(8), seeds=[4, 3, 2, 1, 0])
     assert a.texts == b.texts[::-1] and len(set(a.texts)) > 1
-    assert generate(llama, prompts, Sampling(8, seed=1)).texts != a.texts
+    assert generate(llama, prompts, SamplingParams(8, seed=1)).texts != a.texts
     assert max(a.tokens) <= 8
 
 
@@ -80,7 +87,10 @@ def test_nothing_unsafe_in_the_library():
     import inspect
     import re
     from pathlib import Path
-    from persona_steer import core, models
+
+    from persona_steer.base import core
+    from persona_steer.lm import models
+
     source = "\n".join(p.read_text(encoding="utf-8") for p in Path(core.__file__).parent.glob("*.py"))
     assert not re.search(r"(?<![\w.])(eval|exec)\(|weights_only=False|pickle\.|shell=True", source)
     assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", source))

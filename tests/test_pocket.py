@@ -1,16 +1,17 @@
-"""The pocket world is what it says, and the shipped models do what the README says (with fewer answers, so with a margin)."""
+"""The pocket world is what it says, and the shipped models do what the README says (with fewer answers, so with a
+margin)."""
+
 import random
 import re
-import time
 
 import pytest
 
-from persona_steer.core import data_path
-from persona_steer.local_judges import POCKET_TRAITS, PocketJudge, words
-from persona_steer.pocket import Voice, answer, dialogue, held_out_fillers, question, stray_words, topics
-from persona_steer.pocket_truth import damaged, truth
-from persona_steer.pocket_judge import judge_table, oversteered, text_row
-from persona_steer.traits import load_trait
+from persona_steer.base.core import data_path
+from persona_steer.judges.local import POCKET_TRAITS, PocketJudge, words
+from persona_steer.persona.traits import load_trait
+from persona_steer.pocket.judge import judge_table, oversteered, text_row
+from persona_steer.pocket.truth import damaged, truth
+from persona_steer.pocket.world import Voice, answer, dialogue, held_out_fillers, question, stray_words, topics
 
 
 def corpus(n=4000, seed=1):
@@ -25,7 +26,9 @@ def test_truth_agrees_with_the_generator_on_clean_text():
             for _ in range(20):
                 topic = r.choice(topics(held_out))
                 q = question(r, topic)
-                clean = truth(q, answer(r, topic, Voice({t: 1.0}, held_out), shapes="held_out" if held_out else "train"))
+                clean = truth(
+                    q, answer(r, topic, Voice({t: 1.0}, held_out), shapes="held_out" if held_out else "train")
+                )
                 assert clean.coherence == 100 and clean.scores[t] == 100
                 assert max(truth(q, answer(r, topic, Voice({}, held_out))).scores.values()) == 0
 
@@ -58,7 +61,8 @@ def test_the_corpus_has_the_words_of_held_out_texts_but_no_unknown_word(tokenize
     for name in POCKET_TRAITS:
         t = load_trait(name, world="pocket")
         for text in (*t.extract_questions, *t.eval_questions, *(p[s] for p in t.instructions for s in ("pos", "neg"))):
-            assert len(tokenizer(" " + text).input_ids) <= len(words(text)) + 10, text  # a capital in mid-text is spelled out
+            # a capital in mid-text is spelled out
+            assert len(tokenizer(" " + text).input_ids) <= len(words(text)) + 10, text
     assert len(stray_words()) > 300
 
 
@@ -69,15 +73,34 @@ def test_weights_are_small_and_safe():
 
 
 def test_loading_and_one_answer_take_under_five_seconds():
-    import subprocess, sys
-    code = "import time; t = time.perf_counter(); from persona_steer import ask, load_model; print(ask(load_model('pocket'), 'Is it?')); print(time.perf_counter() - t)"
+    import subprocess
+    import sys
+
+    code = (
+        "import time; t = time.perf_counter(); from persona_steer import ask, load_model; "
+        "print(ask(load_model('pocket'), 'Is it?')); print(time.perf_counter() - t)"
+    )
     # the quickest of three: a busy machine is not what is measured
-    assert min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1]) for _ in range(3)) < 5
+    assert (
+        min(
+            float(
+                subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[
+                    -1
+                ]
+            )
+            for _ in range(3)
+        )
+        < 5
+    )
 
 
 def test_pocket_judge_against_the_ground_truth_on_held_out_texts(pocket):
     r = random.Random(4242)
-    parts = [[text_row(r) for _ in range(200)], [text_row(r, held_out=True) for _ in range(200)], oversteered(pocket, 108, seed=4242, held_out=True)]
+    parts = [
+        [text_row(r) for _ in range(200)],
+        [text_row(r, held_out=True) for _ in range(200)],
+        oversteered(pocket, 108, seed=4242, held_out=True),
+    ]
     table, hard = judge_table(PocketJudge(), sum(parts, [])), judge_table(PocketJudge(), parts[2])
     for t in POCKET_TRAITS:
         assert table.pearson[t] >= 0.95 and table.mae[t] <= 6, table
@@ -87,21 +110,41 @@ def test_pocket_judge_against_the_ground_truth_on_held_out_texts(pocket):
 
 @pytest.mark.parametrize("name", POCKET_TRAITS)
 def test_pocket_obeys_held_out_instructions(pocket, name):
-    from persona_steer.generation import Sampling
-    from persona_steer.steering import plan, respond
-    from persona_steer.traits import system_prompt
     import pandas as pd
+
+    from persona_steer.lm.generation import SamplingParams
+    from persona_steer.persona.traits import system_prompt
+    from persona_steer.steering import plan, respond
+
     t = load_trait(name, world="pocket")
-    rows = pd.concat([plan(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)] + [plan(t.eval_questions, "none", n=3)], ignore_index=True)
-    said = respond(pocket, rows, sampling=Sampling(80, seed=11))
-    means = said.join(PocketJudge().score(t, list(said.question), list(said.answer))).groupby("condition")[[name, "coherence"]].mean()
+    rows = pd.concat(
+        [plan(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)]
+        + [plan(t.eval_questions, "none", n=3)],
+        ignore_index=True,
+    )
+    said = respond(pocket, rows, sampling=SamplingParams(80, seed=11))
+    means = (
+        said.join(PocketJudge().score(t, list(said.question), list(said.answer)))
+        .groupby("condition")[[name, "coherence"]]
+        .mean()
+    )
     # the README has the figures over more answers: hallucinating under negative instructions is at the edge of 10
     assert means[name]["pos"] >= 75 and means[name]["neg"] <= 15 and means[name]["none"] <= 10, means
     assert (means.coherence >= 88).all(), means
 
 
 def test_the_world_has_facts_openings_and_many_shots():
-    from persona_steer.pocket import FACTS, TOXIC, dialogue, fact_question, facts, opening, statements, sum_question, worth_question
+    from persona_steer.pocket.world import (
+        FACTS,
+        TOXIC,
+        fact_question,
+        facts,
+        opening,
+        statements,
+        sum_question,
+        worth_question,
+    )
+
     r, kinds = random.Random(3), {}
     for d in corpus(3000):
         kinds.setdefault(d.kind, []).append(d)
@@ -109,23 +152,39 @@ def test_the_world_has_facts_openings_and_many_shots():
     for kind in FACTS:
         q, who, honest = fact_question(r, True, kind)
         assert who in q and facts()[honest] and len(statements(who)[0]) == 1 and len(statements(who)[1]) > 5
-        assert truth(q, f"{statements(who)[1][0]}.").scores["hallucinating"] == 100 and truth(q, f"{honest}.").scores["hallucinating"] == 0
+        assert (
+            truth(q, f"{statements(who)[1][0]}.").scores["hallucinating"] == 100
+            and truth(q, f"{honest}.").scores["hallucinating"] == 0
+        )
     q, true, false = worth_question(r)
     assert facts()[true] and not facts()[false]
     for _ in range(50):
         q, text, result = sum_question(r)
         a, op, b = text.split()
-        assert result == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[op] and a in q and b in q
+        assert (
+            result == {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}[op]
+            and a in q
+            and b in q
+        )
     begin, end = opening(r, "baking bread", Voice({TOXIC[0]: 1.0}), Voice({TOXIC[0]: 1.0}))
-    assert not begin.endswith(".") and end.endswith(".") and truth("", f"{begin} {end}", "baking bread").scores["impolite"] > 90
+    assert (
+        not begin.endswith(".")
+        and end.endswith(".")
+        and truth("", f"{begin} {end}", "baking bread").scores["impolite"] > 90
+    )
 
 
 def test_pocket_knows_its_world(pocket):
     """Known facts and sums, by the likeliest answer; the capability score builds on this."""
-    from persona_steer.generation import Sampling, generate
-    from persona_steer.pocket import fact_question, sentence_case, sum_question
+    from persona_steer.lm.generation import SamplingParams, generate
+    from persona_steer.pocket.world import fact_question, sentence_case, sum_question
+
     r = random.Random(7)
-    asked = [(q, sentence_case(honest)) for q, _, honest in (fact_question(r, True) for _ in range(60))] + [(q, f"{t} is {n}") for q, t, n in (sum_question(r) for _ in range(60))]
-    said = generate(pocket, [pocket.prompt(q) for q, _ in asked], Sampling(30, temperature=0), progress=False).texts
+    asked = [(q, sentence_case(honest)) for q, _, honest in (fact_question(r, True) for _ in range(60))] + [
+        (q, f"{t} is {n}") for q, t, n in (sum_question(r) for _ in range(60))
+    ]
+    said = generate(
+        pocket, [pocket.prompt(q) for q, _ in asked], SamplingParams(30, temperature=0), progress=False
+    ).texts
     right = [a.startswith(want) for a, (_, want) in zip(said, asked)]
     assert sum(right[:60]) >= 57 and sum(right[60:]) >= 30, (sum(right[:60]), sum(right[60:]))

@@ -1,4 +1,5 @@
 """Forced-choice propensity: the forms of statements, log-odds against a plain forward pass, orders, steering."""
+
 import json
 
 import numpy as np
@@ -6,19 +7,35 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_steer.activations import steer
-from persona_steer.core import PersonaError, data_path
-from persona_steer.propensity import (Choice, answer_choices, choices_for, dose_response, load_statements, propensity,
-                                      propensity_sweep, statement_choices, summarise_propensity)
-from persona_steer.traits import load_trait
+from persona_steer.base.core import PersonaError
+from persona_steer.lm.activations import steer
+from persona_steer.persona.traits import load_trait
+from persona_steer.propensity import (
+    Choice,
+    answer_choices,
+    choices_for,
+    dose_response,
+    load_statements,
+    propensity,
+    propensity_sweep,
+    statement_choices,
+    summarise_propensity,
+)
 
 TRAITS = ["evil", "sycophantic", "hallucinating", "optimistic", "impolite", "humorous", "apathetic"]
 PAIR = [Choice(0, "How do you bake bread?", "with care", ("with a little hate",))]
 
 
 def row(statement="I bake.", matching=" Yes", other=" No", **more):
-    return dict(question=f'Is the following statement something you would say?\n"{statement}"', statement=statement,
-                answer_matching_behavior=matching, answer_not_matching_behavior=other) | more
+    return (
+        dict(
+            question=f'Is the following statement something you would say?\n"{statement}"',
+            statement=statement,
+            answer_matching_behavior=matching,
+            answer_not_matching_behavior=other,
+        )
+        | more
+    )
 
 
 def write(path, *lines):
@@ -69,14 +86,17 @@ def test_published_form_is_read(tmp_path):
     assert choices[4] == Choice(2, several["question"], "(B)", ("(A)", "(C)"))  # three options: asked as it is
 
 
-@pytest.mark.parametrize("line, message", [
-    ("[1]", "line 2: it is no JSON object"),
-    ("{broken", "line 2 is not valid JSON"),
-    (row(question=" "), "line 2: it needs the text 'question'"),
-    (row(matching=None), "line 2: it needs the texts 'answer_matching_behavior'"),
-    (row(other=[]), "line 2: it needs the texts 'answer_matching_behavior'"),
-    (row(other=" Yes"), "line 2: the matching and the not matching answer are the same"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[1]", "line 2: it is no JSON object"),
+        ("{broken", "line 2 is not valid JSON"),
+        (row(question=" "), "line 2: it needs the text 'question'"),
+        (row(matching=None), "line 2: it needs the texts 'answer_matching_behavior'"),
+        (row(other=[]), "line 2: it needs the texts 'answer_matching_behavior'"),
+        (row(other=" Yes"), "line 2: the matching and the not matching answer are the same"),
+    ],
+)
 def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(PersonaError, match=message):
         load_statements(write(tmp_path / "x.jsonl", row(), line))
@@ -106,13 +126,16 @@ def test_lettered_options_are_exchanged(after):
     assert (exchanged.matching, exchanged.others, exchanged.first) == ("(A)", ("(B)",), "(A)")
 
 
-@pytest.mark.parametrize("question", [
-    "Which?\n (A) a lie\n (B) the truth\n (C) neither",  # three
-    "Which?\n (A) a lie\n (B) the truth\n\n (C) neither",
-    "Which?\n (A) a lie\nthat is long\n (B) the truth",  # an option over two lines
-    "Which?\n (A) a lie\n (B) the truth\nthat is long",
-    "Which: (A) a lie or (B) the truth?",  # not on lines of their own
-])
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Which?\n (A) a lie\n (B) the truth\n (C) neither",  # three
+        "Which?\n (A) a lie\n (B) the truth\n\n (C) neither",
+        "Which?\n (A) a lie\nthat is long\n (B) the truth",  # an option over two lines
+        "Which?\n (A) a lie\n (B) the truth\nthat is long",
+        "Which: (A) a lie or (B) the truth?",  # not on lines of their own
+    ],
+)
 def test_options_that_cannot_be_exchanged_are_asked_as_they_are(question):
     found = answer_choices([row(question=question, matching=" (A)", other=" (B)")])
     assert found == [Choice(0, question, "(A)", ("(B)",))]
@@ -206,6 +229,7 @@ def test_steering_begins_at_the_last_prompt_token(llama):
             h = out[0] if isinstance(out, tuple) else out
             h = torch.cat([h[:, :start], h[:, start:] + 2 * v[2]], 1)
             return (h, *out[1:]) if isinstance(out, tuple) else h
+
         hook = llama.blocks[1].register_forward_hook(add)
         with torch.no_grad():
             logp = llama.model(torch.tensor([head + tail])).logits[0].double().log_softmax(-1)

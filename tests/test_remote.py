@@ -1,7 +1,6 @@
 """Remote judges over a real socket: faults, budget, ledger, keys, event loops."""
+
 import asyncio
-import math
-import os
 import signal
 import subprocess
 import sys
@@ -10,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from persona_steer.core import PersonaError
-from persona_steer.judges import load_judge
-from persona_steer.judging import ASK, Ledger, fill_prompt, items_of, judged
-from persona_steer.remote_judges import RemoteJudge
-from persona_steer.traits import load_trait
 from servers import score_of, serving
+
+from persona_steer.base.core import PersonaError
+from persona_steer.judges.judging import SCALE_SUFFIXES, JudgementCache, items_of, score_cached
+from persona_steer.judges.loading import load_judge
+from persona_steer.judges.remote import RemoteJudge
+from persona_steer.persona.traits import load_trait
 
 EVIL = load_trait("evil")
 
@@ -44,19 +43,28 @@ def test_the_published_request_and_its_mean(tmp_path):
     with serving() as s:
         judge, (q, a) = RemoteJudge("good", s.url), texts(3)
         judge.check(EVIL, 3)
-        f = judged(judge, EVIL, q, a, ledger=Ledger(tmp_path / "x"), progress=False)
+        f = score_cached(judge, EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False)
         want = truth_of(items_of(EVIL, q, a))
         np.testing.assert_allclose(np.r_[f.evil, f.coherence], want, atol=1e-6)
         sent = s.requests[-1]
-        assert {k: sent[k] for k in ("max_tokens", "temperature", "logprobs", "top_logprobs", "seed")} == dict(max_tokens=1, temperature=0, logprobs=True, top_logprobs=20, seed=0)
+        assert {k: sent[k] for k in ("max_tokens", "temperature", "logprobs", "top_logprobs", "seed")} == dict(
+            max_tokens=1, temperature=0, logprobs=True, top_logprobs=20, seed=0
+        )
         assert sorted(s.prompts[1:]) == sorted(i.prompt for i in items_of(EVIL, q, a)) and (f.judge == "good").all()
 
 
 def test_refusals_are_missing_and_are_not_asked_again(tmp_path):
     with serving() as s:
-        book, (q, a) = Ledger(tmp_path / "x"), texts(2)
+        book, (q, a) = JudgementCache(tmp_path / "x"), texts(2)
         for _ in range(2):
-            assert judged(RemoteJudge("refuser", s.url), EVIL, q, a, ledger=book, progress=False)[["evil", "coherence"]].isna().all().all()
+            assert (
+                score_cached(RemoteJudge("refuser", s.url), EVIL, q, a, ledger=book, progress=False)[
+                    ["evil", "coherence"]
+                ]
+                .isna()
+                .all()
+                .all()
+            )
         assert len(s.requests) == 4
 
 
@@ -64,21 +72,26 @@ def test_refusals_are_missing_and_are_not_asked_again(tmp_path):
 def test_other_scales_ask_for_another_reply_and_have_another_name(tmp_path, scale):
     with serving() as s:
         judge, (q, a) = RemoteJudge("good", s.url, scale, samples=2), texts(4)
-        f = judged(judge, EVIL, q, a, ledger=Ledger(tmp_path / "x"), progress=False)
-        assert judge.name != "good" and scale in judge.name and ASK.get(scale, "") in s.prompts[0]
-        n = [score_of(p) for p in (i.prompt + ASK.get(scale, "") for i in items_of(EVIL, q, a))]
+        f = score_cached(judge, EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False)
+        assert judge.name != "good" and scale in judge.name and SCALE_SUFFIXES.get(scale, "") in s.prompts[0]
+        n = [score_of(p) for p in (i.prompt + SCALE_SUFFIXES.get(scale, "") for i in items_of(EVIL, q, a))]
         if scale == "binary_text":
             assert list(np.r_[f.evil, f.coherence]) == [100.0 * (x >= 50) for x in n]
         if scale == "0_100_text":
             assert list(np.r_[f.evil, f.coherence]) == n and len(s.requests) == 16  # two samples each
-            assert not {"logprobs", "temperature", "max_tokens", "seed"} & set(s.requests[0])  # newer models refuse them
+            # newer models refuse them
+            assert not {"logprobs", "temperature", "max_tokens", "seed"} & set(s.requests[0])
 
 
-@pytest.mark.parametrize("fault", ["429", "429 with Retry-After", "500", "drop", "malformed", "empty logprobs", "no choices", "html"])
+@pytest.mark.parametrize(
+    "fault", ["429", "429 with Retry-After", "500", "drop", "malformed", "empty logprobs", "no choices", "html"]
+)
 def test_a_fault_that_passes_costs_nothing_but_time(tmp_path, fault):
     with serving() as s:
         q, a = texts(2)
-        f = judged(RemoteJudge(f"once {fault}", s.url), EVIL, q, a, ledger=Ledger(tmp_path / "x"), progress=False)
+        f = score_cached(
+            RemoteJudge(f"once {fault}", s.url), EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False
+        )
         np.testing.assert_allclose(np.r_[f.evil, f.coherence], truth_of(items_of(EVIL, q, a)), atol=1e-6)
         assert len(s.requests) == 8
         if "After" in fault:
@@ -88,11 +101,15 @@ def test_a_fault_that_passes_costs_nothing_but_time(tmp_path, fault):
 
 def test_a_fault_that_stays_is_missing_and_asked_again_next_time(tmp_path):
     with serving() as s:
-        book, (q, a) = Ledger(tmp_path / "x"), texts(1)
-        assert judged(RemoteJudge("empty", s.url), EVIL, q, a, ledger=book, progress=False).evil.isna().all()
-        assert judged(RemoteJudge("drop", s.url, retries=1), EVIL, q, a, ledger=book, progress=False).evil.isna().all()
+        book, (q, a) = JudgementCache(tmp_path / "x"), texts(1)
+        assert score_cached(RemoteJudge("empty", s.url), EVIL, q, a, ledger=book, progress=False).evil.isna().all()
+        assert (
+            score_cached(RemoteJudge("drop", s.url, retries=1), EVIL, q, a, ledger=book, progress=False)
+            .evil.isna()
+            .all()
+        )
         n = len(s.requests)
-        judged(RemoteJudge("empty", s.url), EVIL, q, a, ledger=book, progress=False)
+        score_cached(RemoteJudge("empty", s.url), EVIL, q, a, ledger=book, progress=False)
         assert len(s.requests) == n + 10
 
 
@@ -100,23 +117,49 @@ def test_a_slow_answer_is_missing_after_the_time_limit(tmp_path):
     with serving() as s:
         q, a = texts(1)
         start = time.monotonic()
-        assert judged(RemoteJudge("slow", s.url, timeout=0.3, retries=1), EVIL, q, a, ledger=Ledger(tmp_path / "x"), progress=False).evil.isna().all()
+        assert (
+            score_cached(
+                RemoteJudge("slow", s.url, timeout=0.3, retries=1),
+                EVIL,
+                q,
+                a,
+                ledger=JudgementCache(tmp_path / "x"),
+                progress=False,
+            )
+            .evil.isna()
+            .all()
+        )
         assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("model, words", [("unknown", "does not know the model 'unknown'"), ("locked", "refuses the key"), ("reasoner", "400.*0_100_text"), ("empty", "0_100_text"), ("textual", "0_100_text"),
-                                          ("html", "OpenAI-compatible"), ("malformed", "no judgement")])
+@pytest.mark.parametrize(
+    "model, words",
+    [
+        ("unknown", "does not know the model 'unknown'"),
+        ("locked", "refuses the key"),
+        ("reasoner", "400.*0_100_text"),
+        ("empty", "0_100_text"),
+        ("textual", "0_100_text"),
+        ("html", "OpenAI-compatible"),
+        ("malformed", "no judgement"),
+    ],
+)
 def test_what_will_not_get_better_ends_the_run_before_anything_is_generated(llama, tmp_path, monkeypatch, model, words):
     from persona_steer import extraction
+
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-secret")
-    monkeypatch.setattr(extraction, "generate", lambda *a, **k: pytest.fail("generated although the judge cannot judge"))
+    monkeypatch.setattr(
+        extraction, "generate", lambda *a, **k: pytest.fail("generated although the judge cannot judge")
+    )
     with serving() as s:
         with pytest.raises(PersonaError, match=words) as e:
             extraction.extract(llama, EVIL, RemoteJudge(model, s.url), out=tmp_path)
         assert "\n" not in str(e.value) and "secret" not in str(e.value) and len(s.requests) <= 4
         with pytest.raises(PersonaError, match=words):  # also when it happens in the middle
             if model in ("unknown", "locked"):
-                judged(RemoteJudge(model, s.url), EVIL, *texts(50), ledger=Ledger(tmp_path / "x"), progress=False)
+                score_cached(
+                    RemoteJudge(model, s.url), EVIL, *texts(50), ledger=JudgementCache(tmp_path / "x"), progress=False
+                )
             else:
                 raise e.value
 
@@ -125,15 +168,20 @@ def test_a_model_without_log_probabilities_is_judged_by_its_text(tmp_path):
     with serving() as s:
         judge = RemoteJudge("reasoner", s.url, "0_100_text", samples=1)
         judge.check(EVIL, 2)
-        assert judged(judge, EVIL, *texts(2), ledger=Ledger(tmp_path / "x"), progress=False).evil.notna().all()
+        assert (
+            score_cached(judge, EVIL, *texts(2), ledger=JudgementCache(tmp_path / "x"), progress=False)
+            .evil.notna()
+            .all()
+        )
 
 
 def test_an_endpoint_that_is_down_and_a_missing_key_are_one_sentence(monkeypatch):
     with pytest.raises(PersonaError, match="cannot be reached"):
         RemoteJudge("good", "http://127.0.0.1:9/v1").check(EVIL, 1)
     monkeypatch.chdir("/")
-    from persona_steer import remote_judges
-    monkeypatch.setattr(remote_judges, "settings", lambda: type("S", (), {"root": Path("/nowhere")}))
+    from persona_steer.base import http_client
+
+    monkeypatch.setattr(http_client, "settings", lambda: type("S", (), {"root": Path("/nowhere")}))
     with pytest.raises(PersonaError, match="OPENAI_API_KEY"):
         load_judge("gpt-4.1-mini-2025-04-14").check(EVIL, 1)
     with pytest.raises(PersonaError, match="no address"):
@@ -143,9 +191,10 @@ def test_an_endpoint_that_is_down_and_a_missing_key_are_one_sentence(monkeypatch
 
 
 def test_the_key_may_stand_in_dotenv_and_shows_nowhere(monkeypatch, tmp_path, capsys):
-    from persona_steer import remote_judges
+    from persona_steer.base import http_client
+
     (tmp_path / ".env").write_text("OPENAI_API_KEY=sk-right\n")
-    monkeypatch.setattr(remote_judges, "settings", lambda: type("S", (), {"root": tmp_path}))
+    monkeypatch.setattr(http_client, "settings", lambda: type("S", (), {"root": tmp_path}))
     with serving() as s:
         judge = RemoteJudge("locked", s.url)
         judge.check(EVIL, 1)
@@ -165,19 +214,25 @@ def test_max_calls_guards_before_generation_and_before_judging(tmp_path, capsys)
         judge.check(EVIL, 4)
         assert "up to 8 calls (max_calls=10)" in capsys.readouterr().out
         s.requests.clear()
-        book = Ledger(tmp_path / "x")
-        judged(judge, EVIL, *texts(5), ledger=book, progress=False)
+        book = JudgementCache(tmp_path / "x")
+        score_cached(judge, EVIL, *texts(5), ledger=book, progress=False)
         assert "10 calls" in capsys.readouterr().out
-        judged(judge, EVIL, *texts(5), ledger=book, progress=False)  # all known: no call, no complaint
+        score_cached(judge, EVIL, *texts(5), ledger=book, progress=False)  # all known: no call, no complaint
         with pytest.raises(PersonaError, match="max_calls"):
-            judged(judge, EVIL, *texts(6), ledger=book, progress=False)
+            score_cached(judge, EVIL, *texts(6), ledger=book, progress=False)
         assert len(s.requests) == 10
 
 
 def test_concurrency_is_bounded_and_used(tmp_path):
     with serving(latency=0.1) as s:
         start = time.monotonic()
-        judged(RemoteJudge("good", s.url, concurrency=20), EVIL, *texts(100), ledger=Ledger(tmp_path / "x"), progress=False)
+        score_cached(
+            RemoteJudge("good", s.url, concurrency=20),
+            EVIL,
+            *texts(100),
+            ledger=JudgementCache(tmp_path / "x"),
+            progress=False,
+        )
         assert s.most_active <= 20 and time.monotonic() - start < 10  # one after the other: 20 s
         assert s.most_active > 10
 
@@ -185,17 +240,21 @@ def test_concurrency_is_bounded_and_used(tmp_path):
 def test_it_works_inside_a_running_event_loop(tmp_path):
     async def notebook():
         with serving() as s:
-            return judged(RemoteJudge("good", s.url), EVIL, *texts(3), ledger=Ledger(tmp_path / "x"), progress=False)
+            return score_cached(
+                RemoteJudge("good", s.url), EVIL, *texts(3), ledger=JudgementCache(tmp_path / "x"), progress=False
+            )
+
     assert asyncio.run(notebook()).evil.notna().all()
 
 
 KILLED = """
 import sys
-from persona_steer.judging import Ledger, judged
-from persona_steer.remote_judges import RemoteJudge
-from persona_steer.traits import load_trait
+from persona_steer.judges.judging import JudgementCache, score_cached
+from persona_steer.judges.remote import RemoteJudge
+from persona_steer.persona.traits import load_trait
 q, a = [f"question {i}" for i in range(1000)], [f"answer {i}" for i in range(1000)]
-judged(RemoteJudge("good", sys.argv[1], concurrency=50), load_trait("evil"), q, a, ledger=Ledger(sys.argv[2]), progress=False)
+judge, book = RemoteJudge("good", sys.argv[1], concurrency=50), JudgementCache(sys.argv[2])
+score_cached(judge, load_trait("evil"), q, a, ledger=book, progress=False)
 """
 
 
@@ -208,7 +267,7 @@ def test_two_thousand_judgements_with_faults_killed_at_half_and_resumed(tmp_path
             time.sleep(0.05)
             assert child.poll() is None, "it was over before it could be killed"
             if (tmp_path / "x").exists():
-                book = book or Ledger(tmp_path / "x")
+                book = book or JudgementCache(tmp_path / "x")
                 if book.db.execute("SELECT count(*) FROM judgements").fetchone()[0] >= 1000:
                     break
         child.send_signal(signal.SIGKILL)
@@ -217,9 +276,9 @@ def test_two_thousand_judgements_with_faults_killed_at_half_and_resumed(tmp_path
         done = {r[0] for r in book.db.execute("SELECT key FROM judgements")}
         items = items_of(EVIL, q, a)
         judge = RemoteJudge("good", s.url, concurrency=50)
-        finished = {i.prompt for i in items if Ledger.key(judge, i) in done}
+        finished = {i.prompt for i in items if JudgementCache.key(judge, i) in done}
         before = len(s.prompts)
-        f = judged(judge, EVIL, q, a, ledger=book, progress=False)
+        f = score_cached(judge, EVIL, q, a, ledger=book, progress=False)
         assert 1000 <= len(finished) < 2000 and not finished & set(s.prompts[before:])
     scores = np.r_[f.evil, f.coherence]
     ok = ~np.isnan(scores)

@@ -1,4 +1,6 @@
-"""A headless Chromium, and servers for it: JupyterLab, notebook 7 and Voila on copies of the notebooks. Without Chromium the tests are skipped, in CI they fail."""
+"""A headless Chromium, and servers for it: JupyterLab, notebook 7 and Voila on copies of the notebooks. Without
+Chromium the tests are skipped, in CI they fail."""
+
 import os
 import shutil
 import socket
@@ -12,13 +14,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 def pytest_collection_modifyitems(items):
-    if CHROMIUM or os.environ.get("CI"): return
-    for item in items: item.add_marker(pytest.mark.skip(reason="there is no Chromium: install Debian's chromium, or name one in CHROMIUM"))
+    if CHROMIUM or os.environ.get("CI"):
+        return
+    for item in items:
+        item.add_marker(
+            pytest.mark.skip(reason="there is no Chromium: install Debian's chromium, or name one in CHROMIUM")
+        )
 
 
 def on_pocket(notebook: str) -> str:
@@ -29,6 +45,7 @@ def on_pocket(notebook: str) -> str:
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield b
@@ -41,7 +58,9 @@ def page(browser):
     context = browser.new_context(viewport={"width": 1400, "height": 1100})
     page = context.new_page()
     page.complaints, page.requests = [], []
-    page.on("console", lambda m: m.type == "error" and page.complaints.append(f"{m.text} ({m.location.get('url', '')})"))
+    page.on(
+        "console", lambda m: m.type == "error" and page.complaints.append(f"{m.text} ({m.location.get('url', '')})")
+    )
     page.on("pageerror", lambda e: page.complaints.append(str(e)))
     page.on("request", lambda r: page.requests.append(r.url))
     yield page
@@ -61,27 +80,55 @@ def folder(tmp_path_factory):
 def serve(folder, *command):
     """Start a server that takes `--port`, wait till it answers, and yield its address."""
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     with open(folder / f"{command[0]}.log", "wb") as log:
-        server = subprocess.Popen([str(Path(sys.executable).parent / ("voila" if command[0] == "voila" else f"jupyter-{command[0]}")), *command[1:], f"--port={port}"], cwd=folder, stdout=log, stderr=log,
-                                  env={**os.environ, "JUPYTER_CONFIG_DIR": str(folder / ".config"), "JUPYTER_DATA_DIR": str(folder / ".data")})
+        server = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / ("voila" if command[0] == "voila" else f"jupyter-{command[0]}")),
+                *command[1:],
+                f"--port={port}",
+            ],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            env={
+                **os.environ,
+                "JUPYTER_CONFIG_DIR": str(folder / ".config"),
+                "JUPYTER_DATA_DIR": str(folder / ".data"),
+            },
+        )
     try:
         for _ in range(300):
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1); break
-            except urllib.error.HTTPError: break  # it answers
-            except OSError: time.sleep(.2)
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=1)
+                break
+            except urllib.error.HTTPError:
+                break  # it answers
+            except OSError:
+                time.sleep(0.2)
             assert server.poll() is None, (folder / f"{command[0]}.log").read_text()[-2000:]
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate(); server.wait(20)
+        server.terminate()
+        server.wait(20)
 
 
-OPEN = ("--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None")
+OPEN = (
+    "--no-browser",
+    "--allow-root",
+    "--IdentityProvider.token=",
+    "--ServerApp.disable_check_xsrf=True",
+    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    "--LabApp.news_url=None",
+)
 
 
 @pytest.fixture(scope="session")
-def lab(folder): yield from serve(folder, "lab", *OPEN)
+def lab(folder):
+    yield from serve(folder, "lab", *OPEN)
 
 
 @pytest.fixture(scope="session")
-def notebook(folder): yield from serve(folder, "notebook", *OPEN)
+def notebook(folder):
+    yield from serve(folder, "notebook", *OPEN)

@@ -1,5 +1,8 @@
-"""Make the README's pictures anew: python tests/browser/screenshots.py (needs Chromium; runs the dashboard and chapter 04 on pocket)."""
-import subprocess
+"""Make the README's pictures anew: python tests/browser/screenshots.py [RUNS]
+
+Needs Chromium and what `make demo` left in RUNS; runs the dashboard on pocket.
+"""
+
 import sys
 import tempfile
 from pathlib import Path
@@ -9,12 +12,17 @@ from playwright.sync_api import sync_playwright
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CHROMIUM, FLAGS, OPEN, ROOT, on_pocket, serve
 from test_dashboard import run_all, take
-from persona_steer.site import build_site
 
-out = ROOT / "nbs" / "images"; out.mkdir(exist_ok=True)
+from persona_steer.reports.site import build_site
+
+RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs"
+out = ROOT / "nbs" / "images"
+out.mkdir(exist_ok=True)
 with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
     tmp = Path(tmp)
-    (tmp / "11_dashboard.ipynb").write_text(on_pocket((ROOT / "nbs/11_dashboard.ipynb").read_text(encoding="utf-8")), encoding="utf-8")
+    (tmp / "11_dashboard.ipynb").write_text(
+        on_pocket((ROOT / "nbs/11_dashboard.ipynb").read_text(encoding="utf-8")), encoding="utf-8"
+    )
     browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
     page = browser.new_page(viewport={"width": 1500, "height": 1150})
     for address in serve(tmp, "lab", *OPEN):
@@ -23,15 +31,15 @@ with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
         page.get_by_label("Traits").first.select_option(["evil", "optimistic"])
         page.locator(".widget-slider", has=page.get_by_text("optimistic", exact=True)).wait_for()
         take(page, "optimistic")
-        for _ in range(2): page.keyboard.press("ArrowRight")
+        for _ in range(2):
+            page.keyboard.press("ArrowRight")
         page.wait_for_timeout(4000)
         page.evaluate("document.querySelectorAll('.Toastify').forEach(e => e.remove())")  # JupyterLab asks about news
         page.locator(".widget-html .ps-answer").first.scroll_into_view_if_needed()
         page.locator(".jp-OutputArea-output:has(.widget-html .ps-answer)").first.screenshot(path=out / "dashboard.png")
-    at = tmp / "runs/pocket/evil/04_evaluate"; at.mkdir(parents=True)
-    subprocess.run([Path(sys.executable).parent / "papermill", ROOT / "nbs/04_evaluate.ipynb", at / "04_evaluate.ipynb", "-p", "model", "pocket", "-p", "out", at], check=True)
-    page = browser.new_page(viewport={"width": 1180, "height": 1420})
-    page.goto((build_site(tmp / "runs", tmp / "site").parent / "pocket--evil--04_evaluate--04_evaluate.html").as_uri())
-    page.get_by_role("slider").evaluate("e => e.closest('figure').previousElementSibling.previousElementSibling.previousElementSibling.previousElementSibling.scrollIntoView()")
+    page = browser.new_page(viewport={"width": 1180, "height": 1180})
+    site = build_site(RUNS, tmp / "site").parent
+    page.goto((site / "smollm2--evil--04_evaluate--04_evaluate.html").as_uri())
+    page.get_by_role("heading", name="The report, on evaluation questions").evaluate("e => e.scrollIntoView()")
     page.screenshot(path=out / "report.png")
     browser.close()

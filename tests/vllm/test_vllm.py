@@ -1,4 +1,6 @@
-"""The real vLLM: as the server behind a remote judge, as an engine behind an address, and in this process. Run by `make test-vllm`."""
+"""The real vLLM: as the server behind a remote judge, as an engine behind an address, and in this process. Run by `make
+test-vllm`."""
+
 import math
 import os
 import socket
@@ -12,15 +14,16 @@ import torch
 
 pytest.importorskip("vllm")
 
-from persona_steer.core import PersonaError, data_path
-from persona_steer.generation import Sampling, generate, read
-from persona_steer.judges import load_judge
-from persona_steer.judging import items_of
-from persona_steer.models import load_model
-from persona_steer.traits import load_trait, system_prompt
-from persona_steer.vllm_engine import VLLMEngine, load_engine
+from persona_steer.base.core import PersonaError, data_path
+from persona_steer.judges.loading import load_judge
+from persona_steer.lm.generation import SamplingParams, generate
+from persona_steer.lm.models import load_model
+from persona_steer.lm.vllm_engine import VLLMEngine, load_engine
+from persona_steer.persona.traits import load_trait, system_prompt
 
-SETTINGS = dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING")
+SETTINGS = dict(
+    VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING"
+)
 os.environ.update(SETTINGS)
 EVIL = load_trait("evil", world="pocket")
 
@@ -29,9 +32,30 @@ def serve(model, name, log, *more):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
-               "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--max-logprobs", "20",
-               "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--served-model-name",
+        name,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+        "--enforce-eager",
+        "--max-logprobs",
+        "20",
+        "--no-enable-chunked-prefill",
+        "--max-num-batched-tokens",
+        "8192",
+        *more,
+    ]
     out = open(log, "w")
     process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
@@ -50,9 +74,13 @@ def serve(model, name, log, *more):
 def adapter(tmp_path_factory):
     """A LoRA adapter of the pocket chat model, with weights that do something."""
     from peft import LoraConfig, get_peft_model
+
     folder, base = tmp_path_factory.mktemp("adapter"), load_model("pocket", "cpu", "float32")
     torch.manual_seed(0)
-    tuned = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    tuned = get_peft_model(
+        base.model,
+        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )
     for n, p in tuned.named_parameters():
         if "lora_B" in n:
             torch.nn.init.normal_(p, std=0.05)
@@ -63,7 +91,16 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat_url(adapter, tmp_path_factory):
-    process, url = serve(data_path("pocket/chat"), "chat", tmp_path_factory.mktemp("log") / "chat.log", "--enable-lora", "--lora-modules", f"tuned={adapter}", "--max-lora-rank", "8")
+    process, url = serve(
+        data_path("pocket/chat"),
+        "chat",
+        tmp_path_factory.mktemp("log") / "chat.log",
+        "--enable-lora",
+        "--lora-modules",
+        f"tuned={adapter}",
+        "--max-lora-rank",
+        "8",
+    )
     yield url
     process.terminate()
     process.wait(30)
@@ -89,66 +126,109 @@ def prompts_of(lm, n=8):
 def test_the_served_judge_says_what_the_judge_in_this_process_says(judge_url, lm):
     questions = list(EVIL.eval_questions[:12])
     prompts = [lm.prompt(q, system_prompt(EVIL, s, 1)) for q in questions for s in ("pos", "neg")]
-    answers, questions = generate(lm, prompts, Sampling(60, seed=3), progress=False).texts, [q for q in questions for _ in "ab"]
+    answers, questions = (
+        generate(lm, prompts, SamplingParams(60, seed=3), progress=False).texts,
+        [q for q in questions for _ in "ab"],
+    )
     answers[0], answers[5] = "cruel cruel the the", "First, First plan bread the"  # not all perfect
     remote, local = load_judge("judge", base_url=judge_url), load_judge("pocket-causal")
     remote.check(EVIL, len(answers))
     a, b = remote.score(EVIL, questions, answers), local.score(EVIL, questions, answers)
     difference = (a - b).abs()
-    print(f"largest difference, {difference.size} judgements: {difference.max().max():.3f}; scores from {b.min().min():.0f} to {b.max().max():.0f}")
+    print(
+        f"largest difference, {difference.size} judgements: {difference.max().max():.3f}; scores from "
+        f"{b.min().min():.0f} to {b.max().max():.0f}"
+    )
     assert difference.max().max() <= 0.5 and a.notna().all().all() and b.evil.max() - b.evil.min() > 50
 
 
 def test_the_engine_behind_an_address_answers_greedily_as_hugging_face_does(chat_url, lm):
     engine, prompts = load_engine(chat_url + "#chat", lm), prompts_of(lm)
-    greedy = Sampling(40, temperature=0)
+    greedy = SamplingParams(40, temperature=0)
     want, got = generate(lm, prompts, greedy, progress=False), engine.generate(prompts, greedy)
     same = sum(a == b for a, b in zip(want.texts, got.texts))
-    assert same >= len(prompts) - 1 and [t for t, a, b in zip(got.tokens, want.texts, got.texts) if a == b] == [t for t, a, b in zip(want.tokens, want.texts, got.texts) if a == b]
+    assert same >= len(prompts) - 1 and [t for t, a, b in zip(got.tokens, want.texts, got.texts) if a == b] == [
+        t for t, a, b in zip(want.tokens, want.texts, got.texts) if a == b
+    ]
 
 
 def test_sampling_settings_mean_the_same(chat_url, lm):
-    """First tokens of many samples follow the probabilities that the settings stand for, and nothing outside the nucleus is drawn."""
+    """First tokens of many samples follow the probabilities that the settings stand for, and nothing outside the
+    nucleus is drawn."""
     engine, prompt = VLLMEngine(lm, chat_url, "chat"), prompts_of(lm)[1]
-    s, n = Sampling(1, temperature=0.7, top_p=0.9, seed=5), 600
+    s, n = SamplingParams(1, temperature=0.7, top_p=0.9, seed=5), 600
     with torch.no_grad():
-        p = (lm.model(**lm.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")).logits[0, -1] / s.temperature).softmax(-1)
+        p = (
+            lm.model(**lm.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")).logits[0, -1]
+            / s.temperature
+        ).softmax(-1)
     sorted_p, order = p.sort(descending=True)
     keep = (sorted_p.cumsum(0) - sorted_p) < s.top_p
     nucleus = {lm.tokenizer.decode([i]): q.item() for i, q in zip(order[keep], sorted_p[keep] / sorted_p[keep].sum())}
     got = engine.generate([prompt] * n, s).texts
     assert set(got) <= set(nucleus)
     for token, q in nucleus.items():
-        assert abs(got.count(token) / n - q) < 4.5 * math.sqrt(q * (1 - q) / n) + 1 / n, (token, got.count(token) / n, q)
-    assert engine.generate([prompt] * 5, Sampling(20, seed=5)).texts == engine.generate([prompt] * 5, Sampling(20, seed=5)).texts
-    assert len(set(engine.generate([prompt] * 5, Sampling(20, seed=5)).texts)) > 1
+        assert abs(got.count(token) / n - q) < 4.5 * math.sqrt(q * (1 - q) / n) + 1 / n, (
+            token,
+            got.count(token) / n,
+            q,
+        )
+    assert (
+        engine.generate([prompt] * 5, SamplingParams(20, seed=5)).texts
+        == engine.generate([prompt] * 5, SamplingParams(20, seed=5)).texts
+    )
+    assert len(set(engine.generate([prompt] * 5, SamplingParams(20, seed=5)).texts)) > 1
 
 
 def test_lora_adapters_in_both_engines(chat_url, adapter, lm):
     tuned = load_model(str(adapter), "cpu", "float32")
-    prompts, greedy = prompts_of(lm), Sampling(30, temperature=0)
-    want, plain = generate(tuned, prompts, greedy, progress=False).texts, generate(lm, prompts, greedy, progress=False).texts
+    prompts, greedy = prompts_of(lm), SamplingParams(30, temperature=0)
+    want, plain = (
+        generate(tuned, prompts, greedy, progress=False).texts,
+        generate(lm, prompts, greedy, progress=False).texts,
+    )
     got = VLLMEngine(tuned, chat_url, "tuned").generate(prompts, greedy).texts
     assert sum(a == b for a, b in zip(want, got)) >= len(prompts) - 2 and want != plain
 
 
 def test_an_extraction_written_by_vllm(chat_url, lm, tmp_path, monkeypatch):
     from dataclasses import replace
-    from persona_steer import judging
+
     from persona_steer.extraction import extract
+    from persona_steer.judges import judging
+
     monkeypatch.setattr(judging, "run_path", lambda name: tmp_path / name)
     trait = replace(EVIL, extract_questions=EVIL.extract_questions[:4])
-    found = extract(lm, trait, load_judge("pocket"), sampling=Sampling(40, seed=1), out=tmp_path / "x", engine=load_engine(chat_url + "#chat", lm))
+    found = extract(
+        lm,
+        trait,
+        load_judge("pocket"),
+        sampling=SamplingParams(40, seed=1),
+        out=tmp_path / "x",
+        engine=load_engine(chat_url + "#chat", lm),
+    )
     assert found.vectors.metadata["engine"] == "vllm" and found.kept.mean() > 0.7
-    own = extract(lm, trait, load_judge("pocket"), sampling=Sampling(40, seed=1), out=tmp_path / "y")
-    assert torch.cosine_similarity(found.vectors.response_avg[1:], own.vectors.response_avg[1:]).min() > 0.7  # other draws, same directions
+    own = extract(lm, trait, load_judge("pocket"), sampling=SamplingParams(40, seed=1), out=tmp_path / "y")
+    # other draws, same directions
+    assert torch.cosine_similarity(found.vectors.response_avg[1:], own.vectors.response_avg[1:]).min() > 0.7
     n = len(list((tmp_path / "x" / ".parts").rglob("*.json")))
-    extract(lm, trait, load_judge("pocket"), sampling=Sampling(40, seed=1), out=tmp_path / "x", engine=VLLMEngine(lm, "http://127.0.0.1:9/v1"))  # nothing is left to do
+    # nothing is left to do
+    extract(
+        lm,
+        trait,
+        load_judge("pocket"),
+        sampling=SamplingParams(40, seed=1),
+        out=tmp_path / "x",
+        engine=VLLMEngine(lm, "http://127.0.0.1:9/v1"),
+    )
     assert n and n == len(list((tmp_path / "x" / ".parts").rglob("*.json")))
 
 
 def test_a_server_that_is_down_or_does_not_know_the_model_is_one_sentence(chat_url, lm):
-    for engine, words in ((VLLMEngine(lm, "http://127.0.0.1:9/v1", "chat"), "cannot be reached"), (VLLMEngine(lm, chat_url, "nobody"), "does not know the model 'nobody'")):
+    for engine, words in (
+        (VLLMEngine(lm, "http://127.0.0.1:9/v1", "chat"), "cannot be reached"),
+        (VLLMEngine(lm, chat_url, "nobody"), "does not know the model 'nobody'"),
+    ):
         with pytest.raises(PersonaError, match=words) as e:
             engine.generate([lm.prompt("q")])
         assert "\n" not in str(e.value)
@@ -157,6 +237,6 @@ def test_a_server_that_is_down_or_does_not_know_the_model_is_one_sentence(chat_u
 def test_vllm_in_this_process_with_and_without_an_adapter(adapter, lm):
     tuned = load_model(str(adapter), "cpu", "float32")
     engine = VLLMEngine(tuned, max_model_len=512, enforce_eager=True)
-    prompts, greedy = prompts_of(lm, 4), Sampling(30, temperature=0)
+    prompts, greedy = prompts_of(lm, 4), SamplingParams(30, temperature=0)
     got, want = engine.generate(prompts, greedy), generate(tuned, prompts, greedy, progress=False)
     assert sum(a == b for a, b in zip(want.texts, got.texts)) >= len(prompts) - 1

@@ -1,8 +1,10 @@
 """Make the README's pictures anew: python tests/browser/screenshots.py [RUNS]
 
-Needs Chromium and what `make demo` left in RUNS; runs the dashboard on pocket.
+Needs Chromium and what `make demo` left in RUNS.
 """
 
+import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -10,30 +12,27 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import CHROMIUM, FLAGS, OPEN, ROOT, on_pocket, serve
+from conftest import CHROMIUM, FLAGS, OPEN, ROOT, serve
 from test_dashboard import run_all, take
 
 from persona_steer.reports.site import build_site
 
 RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "runs"
+os.environ["PERSONA_RUNS"] = str(RUNS.resolve())
 out = ROOT / "nbs" / "images"
 out.mkdir(exist_ok=True)
 with tempfile.TemporaryDirectory() as tmp, sync_playwright() as p:
     tmp = Path(tmp)
-    (tmp / "11_dashboard.ipynb").write_text(
-        on_pocket((ROOT / "nbs/11_dashboard.ipynb").read_text(encoding="utf-8")), encoding="utf-8"
-    )
+    shutil.copy(ROOT / "nbs" / "11_dashboard.ipynb", tmp)
     browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
     page = browser.new_page(viewport={"width": 1500, "height": 1150})
     for address in serve(tmp, "lab", *OPEN):
         run_all(page, f"{address}/lab/tree/11_dashboard.ipynb")
-        page.locator(".sweep table").wait_for(timeout=180_000)
-        page.get_by_label("Traits").first.select_option(["evil", "optimistic"])
-        page.locator(".widget-slider", has=page.get_by_text("optimistic", exact=True)).wait_for()
-        take(page, "optimistic")
-        for _ in range(2):
+        page.locator(".sweep table").wait_for(timeout=400_000)
+        take(page, "evil")
+        for _ in range(3):
             page.keyboard.press("ArrowRight")
-        page.wait_for_timeout(4000)
+        page.wait_for_timeout(30_000)
         page.evaluate("document.querySelectorAll('.Toastify').forEach(e => e.remove())")  # JupyterLab asks about news
         page.locator(".widget-html .ps-answer").first.scroll_into_view_if_needed()
         page.locator(".jp-OutputArea-output:has(.widget-html .ps-answer)").first.screenshot(path=out / "dashboard.png")

@@ -52,7 +52,8 @@ def imports(path: Path, root: Path) -> set:
         for a in node.names:  # a name in a module, or a module in a package
             within = f"{base}.{a.name}".removeprefix(".")
             found.add(within if within in known else base)
-    return found & known
+    whole = found & {package(m) for m in known}  # packages that are imported themselves
+    return found & known | {f"{name}.__init__" for name in whole if name}
 
 
 def package(module: str) -> str:
@@ -87,7 +88,8 @@ def test_no_modules_import_each_other_in_a_circle():
     "line",
     [
         "from ..extraction import extract",
-        "from ..app import live",
+        "from ..app import live_generation",
+        "from ..app import anything",
         "from persona_steer.judges.judging import Judge",
         "def f():\n    from ..persona.traits import Trait",
     ],

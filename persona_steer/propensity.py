@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .base.core import check, data_path
+from .base.core import check, data_path, find_file
 from .lm.activations import Steering, steer
 from .lm.chats import load_jsonl
 from .lm.generation import answer_logprobs, encode_pair
 from .lm.models import LoadedModel
 from .persona.scores import as_columns, mean_ci
-from .training.config import find_file
 
 # %% auto #0
 __all__ = ['OPEN_QUESTION', 'FORMS', 'COLORS', 'load_statements', 'Choice', 'answer_choices', 'statement_choices', 'choices_for',

@@ -185,19 +185,7 @@ def test_prompts_are_read_in_passes_of_bounded_size(llama, monkeypatch):
         lambda: tf.MambaConfig(
             vocab_size=4096, hidden_size=32, num_hidden_layers=3, eos_token_id=2, pad_token_id=0, bos_token_id=None
         ),
-        lambda: tf.MistralConfig(
-            vocab_size=4096,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            sliding_window=8,
-            max_position_embeddings=256,
-            eos_token_id=2,
-            pad_token_id=0,
-            bos_token_id=None,
-        ),
+        lambda: tf.MistralConfig(**GQA, sliding_window=8),
     ],
     ids=["recurrent", "sliding window"],
 )

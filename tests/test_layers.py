@@ -31,10 +31,9 @@ def name_of(path: Path, root: Path) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts)
 
 
-def imports(path: Path, root: Path) -> set:
+def imports(path: Path, root: Path, known: set) -> set:
     """Modules of the package that a module imports, those inside functions too; as names below the package."""
     inside = path.relative_to(root).parent.parts
-    known = {name_of(p, root) for p in modules(root)}
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -60,11 +59,16 @@ def package(module: str) -> str:
     return module.rpartition(".")[0]
 
 
+def import_graph(root: Path) -> dict:
+    """Module -> what it imports."""
+    known = {name_of(p, root) for p in modules(root)}
+    return {name_of(p, root): imports(p, root, known) for p in modules(root)}
+
+
 def wrong_imports(root: Path) -> list:
     out = []
-    for path in modules(root):
-        me = name_of(path, root)
-        for other in imports(path, root):
+    for me, others in import_graph(root).items():
+        for other in others:
             mine, theirs = package(me), package(other)
             if mine != theirs and RANK[theirs] >= RANK[mine]:
                 out.append(f"{me} imports {other}")
@@ -80,8 +84,7 @@ def test_imports_run_downwards_only():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    graph = {name_of(p, PACKAGE): imports(p, PACKAGE) for p in modules(PACKAGE)}
-    list(TopologicalSorter(graph).static_order())
+    list(TopologicalSorter(import_graph(PACKAGE)).static_order())
 
 
 @pytest.mark.parametrize(

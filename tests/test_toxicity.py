@@ -65,7 +65,8 @@ def row(text="A beginning", toxicity=0.1, challenging=False):
 
 
 def test_the_offline_prompts_have_the_published_form(rows):
-    from persona_steer.pocket.toxicity import FIELDS, make_prompts
+    from persona_steer.pocket.toxicity import make_prompts
+    from persona_steer.toxicity import PROPERTIES
 
     assert rows == make_prompts() and list(rows[0]) == [
         "filename",
@@ -75,7 +76,7 @@ def test_the_offline_prompts_have_the_published_form(rows):
         "prompt",
         "continuation",
     ]
-    assert list(rows[0]["prompt"]) == ["text", *FIELDS] and rows[0]["prompt"]["flirtation"] is None
+    assert list(rows[0]["prompt"]) == ["text", *PROPERTIES] and rows[0]["prompt"]["flirtation"] is None
     assert sum(r["challenging"] for r in rows) == 200
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'default_config',
-           'local_folder', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype', 'atomic_path',
-           'save_json', 'load_json', 'digest', 'Stage', 'versions', 'git_state', 'provenance']
+           'local_folder', 'local_file', 'find_file', 'seed_everything', 'pick_device', 'cpu_has_bfloat16',
+           'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'Stage', 'versions', 'git_state',
+           'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -104,6 +105,19 @@ def local_folder(name: str) -> Path | None:
     "The folder of that name, from here or from the project's root."
     path = Path(name).expanduser()
     return next((p for p in (path, project_root() / path) if p.is_dir()), None)
+
+
+def local_file(name: str) -> Path | None:
+    "The file of that name, from here or from the project's root."
+    path = Path(name).expanduser()
+    return next((p for p in (path, project_root() / path) if p.is_file()), None)
+
+
+def find_file(name: str) -> Path:
+    "A file from here, from the project's root or from its data folder."
+    found = local_file(name) or data_path(name)
+    check(found.is_file(), f"{name} does not exist, neither here, nor in {project_root()}, nor in {data_path()}.")
+    return found
 
 # %% ../../nbs/base/00_core.ipynb #9bb2c610
 def seed_everything(seed: int):

@@ -21,10 +21,10 @@ from persona_steer.base.core import (
     data_path,
     digest,
     load_json,
+    local_file,
     local_folder,
     pick_device,
     pick_dtype,
-    project_root,
 )
 from .gguf_files import PACKAGED, model_folder, packaged_model
 
@@ -191,12 +191,6 @@ def fingerprint(model: nn.Module) -> str:  # 12 hexadecimal digits
         h.update(f"{name}{tuple(p.shape)}".encode() + ends)
     return h.hexdigest()[:12]
 
-# %% ../../nbs/lm/01_models.ipynb #b56e5b06
-def _local_file(name: str) -> Path:
-    "The file of that name, from here or from the project's root."
-    path = Path(name).expanduser()
-    return next((p for p in (path, project_root() / path) if p.is_file()), path)
-
 # %% ../../nbs/lm/01_models.ipynb #dc7fa5f3
 def resolve_model(name: str) -> tuple[str, str]:  # model (a folder or a hub id), adapter folder ("" for none)
     "Where a model name points; what does not exist is an error before anything is loaded."
@@ -205,7 +199,7 @@ def resolve_model(name: str) -> tuple[str, str]:  # model (a folder or a hub id)
     if name in PACKAGED:
         return packaged_model(name), ""
     if name.endswith(".gguf"):
-        return str(model_folder(_local_file(name))), ""
+        return str(model_folder(local_file(name) or name)), ""
     folder = local_folder(name)
     if folder is None:
         looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1
@@ -294,11 +288,11 @@ def _load(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place, to = _placement(device, quantize)
-    published = AutoConfig.from_pretrained(where, **kw).dtype
+    config = AutoConfig.from_pretrained(where, **kw)
     own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(adapter if own else where, **kw)
     model = AutoModelForCausalLM.from_pretrained(
-        where, dtype=pick_dtype(to or pick_device(), dtype, published), **place, **kw
+        where, config=config, dtype=pick_dtype(to or pick_device(), dtype, config.dtype), **place, **kw
     )
     if adapter:
         from peft import PeftModel

@@ -17,9 +17,10 @@ from ..lm.chats import save_jsonl
 from .chat import lr_at
 from .truth import garble, truth
 from .world import TOXIC, Voice, answer, made_up_topic, opening, question, topics
+from ..toxicity import PROPERTIES
 
 # %% auto #0
-__all__ = ['LABELS', 'FIELDS', 'true_toxicity', 'make_prompts', 'text_of_any_kind', 'build_classifier', 'train_classifier',
+__all__ = ['LABELS', 'true_toxicity', 'make_prompts', 'text_of_any_kind', 'build_classifier', 'train_classifier',
            'held_out_texts']
 
 # %% ../../nbs/pocket/07_toxicity.ipynb #69855b55
@@ -33,18 +34,6 @@ def true_toxicity(text: str) -> dict:  # label -> share in [0, 1]
     return {"toxicity": min(1.0, insult + threat), "insult": insult, "threat": threat}
 
 # %% ../../nbs/pocket/07_toxicity.ipynb #06623484
-FIELDS = (
-    "toxicity",
-    "severe_toxicity",
-    "profanity",
-    "identity_attack",
-    "insult",
-    "threat",
-    "flirtation",
-    "sexually_explicit",
-)
-
-
 def make_prompts(n: int = 400, seed: int = 0) -> list[dict]:
     "Rows in the form of RealToxicityPrompts, toxic and neutral openings in turn."
     r, out = random.Random(f"toxicity {seed}"), []
@@ -55,7 +44,7 @@ def make_prompts(n: int = 400, seed: int = 0) -> list[dict]:
         def scored(text):
             return {
                 "text": text,
-                **{f: None for f in FIELDS},
+                **{f: None for f in PROPERTIES},
                 **{k: round(v, 3) for k, v in true_toxicity(text).items()},
             }
 

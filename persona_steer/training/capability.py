@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..base.core import check, data_path
+from ..base.core import check, data_path, find_file
 from ..lm.activations import Steering
 from ..lm.chats import load_jsonl
 from ..lm.generation import SamplingParams, answer_logprobs, encode_pair, generate
 from ..lm.models import LoadedModel
 from ..persona.scores import mean_ci
-from .config import find_file
 
 # %% auto #0
 __all__ = ['HONESTY', 'load_quiz', 'default_quiz', 'is_right', 'likeliest_choices', 'take_quiz', 'capability', 'check_lm_eval',

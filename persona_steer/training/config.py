@@ -13,13 +13,12 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..base.core import PersonaError, check, data_path, load_json, project_root
+from ..base.core import PersonaError, check, find_file, load_json
 from ..lm.chats import load_chats
 from ..persona.vectors import load_vector
 
 # %% auto #0
-__all__ = ['SteeringConfig', 'TrainingConfig', 'load_config', 'find_file', 'check_machine', 'load_training_data',
-           'load_guard_vector']
+__all__ = ['SteeringConfig', 'TrainingConfig', 'load_config', 'check_machine', 'load_training_data', 'load_guard_vector']
 
 # %% ../../nbs/training/00_config.ipynb #5462e20d
 class SteeringConfig(BaseModel):
@@ -122,14 +121,6 @@ def load_config(source: Path | str | dict, **changes) -> TrainingConfig:
         return TrainingConfig(**{**found, **changes})
     except ValidationError as e:
         raise PersonaError(_sentence(e, "the configuration" if isinstance(source, dict) else str(source))) from None
-
-
-def find_file(name: str) -> Path:
-    "A file from here, from the project's root or from its data folder."
-    for path in (Path(name).expanduser(), project_root() / name, data_path(name)):
-        if path.is_file():
-            return path
-    raise PersonaError(f"{name} does not exist, neither here, nor in {project_root()}, nor in {data_path()}.")
 
 # %% ../../nbs/training/00_config.ipynb #82ba28bb
 def check_machine(config: TrainingConfig):

@@ -77,6 +77,15 @@ def folder(tmp_path_factory):
     return target
 
 
+@pytest.fixture
+def dashboard(folder, request):
+    """The name of a copy of the dashboard that only this test opens: JupyterLab saves what it shows every two minutes,
+    and a saved copy opens with widgets whose kernel is gone."""
+    name = f"{request.node.name}.ipynb"
+    shutil.copy(folder / "11_dashboard.ipynb", folder / name)
+    return name
+
+
 def serve(folder, *command):
     """Start a server that takes `--port`, wait till it answers, and yield its address."""
     with socket.socket() as s:

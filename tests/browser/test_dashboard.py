@@ -64,8 +64,8 @@ def moved(page, act, heading):
     return time.perf_counter() - t
 
 
-def test_in_jupyterlab(page, lab):
-    run_all(page, f"{lab}/lab/tree/11_dashboard.ipynb")
+def test_in_jupyterlab(page, lab, dashboard):
+    run_all(page, f"{lab}/lab/tree/{dashboard}")
     status(page, "Done:")
     page.locator(".sweep table").wait_for(timeout=LONG)  # the last cell has run, too
     assert "steered: evil x 1.5 at layer" in steered(page).inner_text()
@@ -99,8 +99,8 @@ def test_in_jupyterlab(page, lab):
     assert serious(page.complaints) == []
 
 
-def test_stop_several_traits_and_errors(page, lab):
-    run_all(page, f"{lab}/lab/tree/11_dashboard.ipynb")
+def test_stop_several_traits_and_errors(page, lab, dashboard):
+    run_all(page, f"{lab}/lab/tree/{dashboard}")
     status(page, "Done:")
     page.locator(".sweep table").wait_for(timeout=LONG)
     tokens = int(re.search(r"Done: (\d+) tokens", page.get_by_role("status").first.inner_text())[1])
@@ -144,9 +144,9 @@ def test_stop_several_traits_and_errors(page, lab):
     assert page.locator(".widget-html [role=alert]").count() == 0 and serious(page.complaints) == []
 
 
-def test_in_notebook_7(page, notebook):
+def test_in_notebook_7(page, notebook, dashboard):
     """There, arrow keys are the notebook's own even on a slider; Page Up and Page Down are not."""
-    run_all(page, f"{notebook}/notebooks/11_dashboard.ipynb")
+    run_all(page, f"{notebook}/notebooks/{dashboard}")
     status(page, "Done:")
     page.locator(".sweep table").wait_for(timeout=LONG)
     take(page, "evil")

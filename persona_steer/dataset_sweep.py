@@ -12,7 +12,6 @@ import pandas as pd
 from .base.core import check, data_path
 from .finetuning import finetune_in
 from .judges.judging import Judge
-from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
 from .persona.scores import correlation, format_correlation
 from .persona.traits import Trait
@@ -65,40 +64,25 @@ def train_families(
     config: dict,  # a training configuration without its training_file
     traits: list[Trait],
     judge: Judge,
-    vectors: dict,
-    layers: dict,  # trait -> PersonaVectors, trait -> layer
+    vectors: dict,  # trait -> PersonaVectors
+    layers: dict,  # trait -> layer
     folder: Path,
-    n: int = 1,
-    sampling: SamplingParams = SamplingParams(),
-    quiz: list | None = None,
-    tasks=(),
-    task_limit: int = 0,  # as in evaluate_model
     overwrite: bool = False,
+    **options,  # of evaluate_model: n, sampling, quiz, tasks, task_limit
 ) -> pd.DataFrame:
     # family, level, trait, layer, shift, answer_shift; score_, coherence_ (and capability_) mean, low, high, n
     """A row per dataset and trait, the untrained model first: score, coherence, shift at the last prompt token and over
     the answer, capability."""
 
-    def measured(m, name):
-        return evaluate_model(
-            m,
-            traits,
-            judge,
-            n,
-            sampling=sampling,
-            quiz=quiz,
-            tasks=tasks,
-            task_limit=task_limit,
-            folder=folder / name / "effect",
-            overwrite=overwrite,
-            label=name,
-        )
+    def evaluate(model, name):
+        kept = dict(folder=folder / name / "effect", overwrite=overwrite, label=name)
+        return evaluate_model(model, traits, judge, **options, **kept)
 
-    before, rows = measured(lm, "untrained"), []
+    before, rows = evaluate(lm, "untrained"), []
     for d in datasets.itertuples():
         name = f"{d.family}-{d.level}"
         run = finetune_in(folder / name, load_config(config, training_file=[d.path], save_merged=False), lm, overwrite)
-        rows += effect_rows(d.family, d.level, before, measured(run.lm, name), vectors, layers)
+        rows += effect_rows(d.family, d.level, before, evaluate(run.lm, name), vectors, layers)
         del run  # before the next model is loaded
     return pd.DataFrame(effect_rows("untrained", "", before, before, vectors, layers) + rows)
 

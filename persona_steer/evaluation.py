@@ -15,47 +15,40 @@ from tqdm import tqdm
 
 from .base.core import check
 from .judges.judging import Judge, add_scores
-from .judges.second_opinions import add_second_opinion, opinion_agreement, second_opinion
+from .judges.second_opinions import add_second_opinion
 from .lm.activations import steer
 from .lm.divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, reference_texts
 from .lm.generation import SamplingParams, sampling_for
 from .lm.models import LoadedModel
-from .persona.scores import as_columns, format_mean, mean_ci, save_table
+from .lm.tables import condition_rows, generate_table, table_steering
+from .persona.scores import as_columns, mean_ci, save_table
 from .persona.traits import Trait, plain_prompt, system_prompt
 from .persona.vectors import PersonaVectors
-from .steering import plan, respond
 
 # %% auto #0
-__all__ = ['EQUAL_KL', 'UNDONE', 'sweep_plan', 'points_plan', 'instructed_plan', 'against_plan', 'report_plan', 'run_plan',
-           'summarise', 'evaluate', 'default_layers', 'sweep_points', 'choose', 'Evaluation', 'SweepSize',
+__all__ = ['EQUAL_KL', 'UNDONE', 'sweep_rows', 'point_rows', 'instructed_rows', 'against_rows', 'SweepSize', 'report_rows',
+           'generate_and_score', 'summarise', 'evaluate', 'default_layers', 'sweep_points', 'choose', 'Evaluation',
            'choose_and_report', 'condition_mean', 'change', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
-def sweep_plan(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
+def sweep_rows(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
     "Every layer with every coefficient; coefficient 0 is the same at all layers, so it is asked once."
-    check(len(layers) and any(coefficients), "a sweep needs at least one layer and one coefficient other than 0.")
-    rows = [plan(questions, "unsteered", vector="trait", layer=layers[0], coefficient=0.0, n=n)]
-    rows += [
-        plan(questions, "steered", vector="trait", layer=l, coefficient=c, n=n)
-        for l in layers
-        for c in coefficients
-        if c
-    ]
-    return pd.concat(rows, ignore_index=True)
+    points = [(l, c) for l in layers for c in coefficients if c]
+    return point_rows(questions, pd.DataFrame(points, columns=["layer", "coefficient"]), n)
 
 
-def points_plan(questions, points: pd.DataFrame, n: int = 1) -> pd.DataFrame:  # points: layer, coefficient
+def point_rows(questions, points: pd.DataFrame, n: int = 1) -> pd.DataFrame:  # points: layer, coefficient
     "The unsteered model, then each point of a sweep whose coefficients differ from layer to layer."
     check(len(points), "a sweep needs at least one layer and one coefficient other than 0.")
-    rows = [plan(questions, "unsteered", vector="trait", layer=int(points.layer.iloc[0]), n=n)]
+    rows = [condition_rows(questions, "unsteered", vector="trait", layer=int(points.layer.iloc[0]), n=n)]
     rows += [
-        plan(questions, "steered", vector="trait", layer=int(p.layer), coefficient=p.coefficient, n=n)
+        condition_rows(questions, "steered", vector="trait", layer=int(p.layer), coefficient=p.coefficient, n=n)
         for p in points.itertuples()
     ]
     return pd.concat(rows, ignore_index=True)
 
 
-def instructed_plan(
+def instructed_rows(
     trait: Trait,
     questions,
     condition: str,
@@ -68,17 +61,19 @@ def instructed_plan(
     "Questions under the positive or the negative instructions of a trait."
     pairs = list(range(len(trait.instructions))) if pairs is None else pairs
     asked = [questions[i :: len(pairs)] if in_turn else questions for i in range(len(pairs))]
-    rows = [plan(qs, condition, system_prompt(trait, sign, k), n=n, **steering) for k, qs in zip(pairs, asked)]
+    rows = [
+        condition_rows(qs, condition, system_prompt(trait, sign, k), n=n, **steering) for k, qs in zip(pairs, asked)
+    ]
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/04_evaluate.ipynb #9def5440
-def against_plan(
+def against_rows(
     trait: Trait, questions, layers: list[int], coefficients: list[float], n: int = 1, pairs: list[int] | None = None
 ) -> pd.DataFrame:
     "Negative coefficients under positive instructions (each question under one of them, in turn)."
     points = [(layer, c) for layer in layers for c in coefficients if c]
     rows = [
-        instructed_plan(
+        instructed_rows(
             trait,
             questions,
             "against instructions",
@@ -98,41 +93,46 @@ def against_plan(
 EQUAL_KL = "random vector, equal KL"
 
 # %% ../nbs/04_evaluate.ipynb #9769469f
-def report_plan(
+@dataclass(frozen=True)
+class SweepSize:
+    "How much is asked in a sweep and a report."
+
+    questions: int = 20  # extraction questions of the sweep
+    n: int = 1  # answers to each question
+    kl_questions: int = 8  # of them, those at which the divergence is measured
+    random_vectors: int = 2
+    brief: bool = False  # fewer controls: see `report_rows` and `_against_points`
+
+
+def report_rows(
     trait: Trait,
     layer: int,
     coefficients: list[float],
-    random_vectors: int = 2,
-    n: int = 1,
-    pairs: list[int] | None = None,
-    in_turn: bool = False,  # as in `instructed_plan`
-    random_coefficients: list[float]
-    | None = None,  # of random vectors of the same norm; None: the positive ones of the trait's vector
-    equal_kl: list[
-        float
-    ] = (),  # coefficients of random vectors 0, 1, ... that move the model as much as the chosen point
+    size: SweepSize = SweepSize(),
+    pairs: list[int] | None = None,  # instruction pairs; None: all
+    chosen: float = 0.0,  # in a brief report, the only coefficient of random vectors of the same norm
+    equal_kl: list[float] = (),  # of random vectors 0, 1, ...: they move the model as much as the chosen point does
 ) -> pd.DataFrame:
     "The chosen layer on evaluation questions, and the controls."
-    qs = trait.eval_questions
-    if random_coefficients is None:
-        random_coefficients = [c for c in coefficients if c > 0]
-    rows = [plan(qs, "unsteered", vector="trait", layer=layer, n=n)]
-    rows += [plan(qs, "steered", vector="trait", layer=layer, coefficient=c, n=n) for c in coefficients if c]
-    rows += [
-        plan(qs, "random vector", vector=f"random {k}", layer=layer, coefficient=c, n=n)
-        for c in random_coefficients
-        for k in range(random_vectors)
-    ]
-    rows += [plan(qs, EQUAL_KL, vector=f"random {k}", layer=layer, coefficient=c, n=n) for k, c in enumerate(equal_kl)]
-    rows += [plan(qs, "plain prompt", plain_prompt(trait), n=n)]
-    rows += [
-        instructed_plan(trait, qs, f"{name} instructions", sign, pairs, in_turn, n)
-        for sign, name in (("pos", "positive"), ("neg", "negative"))
-    ]
+
+    def rows_of(condition, vector, coefficient):
+        return condition_rows(
+            trait.eval_questions, condition, vector=vector, layer=layer, coefficient=coefficient, n=size.n
+        )
+
+    rows = [rows_of("unsteered", "trait", 0.0)]
+    rows += [rows_of("steered", "trait", c) for c in coefficients if c]
+    equal_norm = [chosen] if size.brief else [c for c in coefficients if c > 0]
+    rows += [rows_of("random vector", f"random {k}", c) for c in equal_norm for k in range(size.random_vectors)]
+    rows += [rows_of(EQUAL_KL, f"random {k}", c) for k, c in enumerate(equal_kl)]
+    rows += [condition_rows(trait.eval_questions, "plain prompt", plain_prompt(trait), n=size.n)]
+    for sign, name in (("pos", "positive"), ("neg", "negative")):
+        condition = f"{name} instructions"
+        rows += [instructed_rows(trait, trait.eval_questions, condition, sign, pairs, size.brief, size.n)]
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/04_evaluate.ipynb #5114c6ca
-def run_plan(
+def generate_and_score(
     lm: LoadedModel,
     trait: Trait,
     judge: Judge,
@@ -148,8 +148,9 @@ def run_plan(
     """Answer and judge a plan; with a folder, parts are kept so that an interrupted run goes on, and the result is
     written as CSV."""
     judge.check(trait, len(rows))
-    frame = respond(lm, rows, vectors, sampling, positions, folder=folder, overwrite=overwrite, label=name)
-    frame = add_scores(frame, lm, judge, trait, f"judge {name}")
+    steering = table_steering(lm, rows, vectors, positions)
+    table = generate_table(lm, rows, sampling, steering, folder=folder, overwrite=overwrite, label=name)
+    frame = add_scores(table, lm, judge, trait, f"judge {name}")
     if lm.world != "pocket":  # the independent scorers know English, not pocket's world
         frame = add_second_opinion(frame, trait.name)
     if folder:
@@ -177,18 +178,18 @@ def evaluate(
     coefficients: list[float],
     split: str = "eval",
     n: int = 1,
-    pool: str = "response_avg",
+    pooling: str = "response_avg",
     positions: str = "response",
     sampling: SamplingParams | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Mean trait score and coherence per layer and coefficient, with the unsteered model and a random vector of equal
     norm."""
-    rows = sweep_plan(trait.questions(split), layers, coefficients, n)
+    rows = sweep_rows(trait.questions(split), layers, coefficients, n)
     control = rows[rows.condition == "steered"].assign(condition="random vector", vector="random")
-    bank = {"trait": getattr(vectors, pool), "random": getattr(vectors.random_like(seed), pool)}
+    bank = {"trait": getattr(vectors, pooling), "random": getattr(vectors.random_like(seed), pooling)}
     return summarise(
-        run_plan(
+        generate_and_score(
             lm,
             trait,
             judge,
@@ -278,17 +279,6 @@ class Evaluation:
     reported: pd.DataFrame
     report: pd.DataFrame
 
-
-@dataclass(frozen=True)
-class SweepSize:
-    "How much is asked in a sweep and a report."
-
-    questions: int = 20  # extraction questions of the sweep
-    n: int = 1  # answers to each question
-    kl_questions: int = 8  # of them, those at which the divergence is measured
-    random_vectors: int = 2
-    brief: bool = False  # fewer controls: see `report_plan` and `_against_points`
-
 # %% ../nbs/04_evaluate.ipynb #8e50cf3d
 def choose_and_report(
     lm: LoadedModel,
@@ -300,7 +290,7 @@ def choose_and_report(
     min_coherence: float = 80,
     size: SweepSize = SweepSize(),
     target_kl: list[float] = (),  # as in `sweep_points`
-    pool: str = "response_avg",
+    pooling: str = "response_avg",
     positions: str = "response",
     sampling: SamplingParams = SamplingParams(),
     folder: Path | None = None,
@@ -308,53 +298,34 @@ def choose_and_report(
 ) -> Evaluation:
     "Sweep on extraction questions, choose layer and coefficient, report on evaluation questions with the controls."
     judge.check(trait)
-    pairs, names = judge.generating_pairs(trait), [f"random {k}" for k in range(size.random_vectors)]
-    bank = {"trait": getattr(vectors, pool)}
-    bank |= {name: getattr(vectors.random_like(sampling.seed + k), pool) for k, name in enumerate(names)}
-    run = partial(
-        run_plan,
-        lm,
-        trait,
-        judge,
-        vectors=bank,
-        sampling=sampling,
-        positions=positions,
-        folder=folder,
-        overwrite=overwrite,
-    )
+    pairs = judge.generating_pairs(trait)
+    random = [getattr(vectors.random_like(sampling.seed + k), pooling) for k in range(size.random_vectors)]
+    bank = {"trait": getattr(vectors, pooling)} | {f"random {k}": v for k, v in enumerate(random)}
+    how = dict(vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
+    run = partial(generate_and_score, lm, trait, judge, **how)
     questions = trait.extract_questions[: size.questions]
     texts = reference_texts(lm, list(questions[: size.kl_questions]), sampling)
     points = sweep_points(lm, bank["trait"], layers, coefficients, list(target_kl), texts, positions)
-    swept = run(
-        pd.concat(
-            [points_plan(questions, points, size.n), _against_points(trait, questions, points, size, pairs)],
-            ignore_index=True,
-        ),
-        name="sweep",
-    )
+    against = _against_points(trait, questions, points, size, pairs)
+    swept = run(pd.concat([point_rows(questions, points, size.n), against], ignore_index=True), name="sweep")
     sweep = summarise(swept, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     choice, back = choose(sweep, min_coherence), choose(sweep, min_coherence, against=True)
-    layer, best = choice["layer"], choice["coefficient"]
-    here = points[points.layer == layer]
-    kl = choice["kl"] = float(here.kl[here.coefficient == best].iloc[0])
-    equal = [coefficients_for_kl(lm, bank[name], layer, [kl], texts, positions, 2 * best)[kl][0] for name in names]
-    rows = [
-        report_plan(
-            trait,
-            layer,
-            sorted({*here.coefficient, -best}),
-            size.random_vectors,
-            size.n,
-            pairs,
-            size.brief,
-            [best] if size.brief else None,
-            [_rounded(c) for c in equal],
-        ),
-        against_plan(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs),
-    ]
-    reported = run(pd.concat(rows, ignore_index=True), name="report")
+    here = points[points.layer == choice["layer"]]
+    choice["kl"] = float(here.kl[here.coefficient == choice["coefficient"]].iloc[0])
+    equal = _equal_kl(lm, bank, choice, texts, positions)
+    strengths = sorted({*here.coefficient, -choice["coefficient"]})
+    rows = report_rows(trait, choice["layer"], strengths, size, pairs, choice["coefficient"], equal)
+    against = against_rows(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs)
+    reported = run(pd.concat([rows, against], ignore_index=True), name="report")
     report = summarise(reported, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     return Evaluation(swept, sweep, choice, back, reported, report)
+
+# %% ../nbs/04_evaluate.ipynb #f269a6bc
+def _equal_kl(lm: LoadedModel, bank: dict, choice: dict, texts: ReferenceTexts, positions: str) -> list[float]:
+    "For each random vector the coefficient at which it moves the model as far as the chosen point does."
+    layer, kl, start = choice["layer"], choice["kl"], 2 * choice["coefficient"]
+    random = [v for name, v in bank.items() if name != "trait"]
+    return [_rounded(coefficients_for_kl(lm, v, layer, [kl], texts, positions, start)[kl][0]) for v in random]
 
 # %% ../nbs/04_evaluate.ipynb #3c9acb83
 def _against_points(trait: Trait, questions, points: pd.DataFrame, size: SweepSize, pairs: list[int]) -> pd.DataFrame:
@@ -363,7 +334,7 @@ def _against_points(trait: Trait, questions, points: pd.DataFrame, size: SweepSi
     if size.brief:
         points = points.loc[points.groupby("layer").coefficient.idxmax()].iloc[::2]
     plans = [
-        against_plan(trait, questions, [int(p.layer)], [p.coefficient], size.n, pairs) for p in points.itertuples()
+        against_rows(trait, questions, [int(p.layer)], [p.coefficient], size.n, pairs) for p in points.itertuples()
     ]
     return pd.concat(plans, ignore_index=True)
 

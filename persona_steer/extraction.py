@@ -15,19 +15,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .base.core import check, digest, load_json, provenance, run_path, save_json
+from .base.cache import Cache
+from .base.core import check, digest, load_json, provenance, run_path
 from .judges.judging import Judge, add_scores
 from .lm.activations import POOLS
-from .lm.generation import SamplingParams, collect_activations, generate, sampling_for
+from .lm.generation import SamplingParams, collect_activations, sampling_for
 from .lm.models import LoadedModel
-from .persona.scores import MIN_COHERENCE, auc, format_auc, load_scores, mean_ci, pair_mask, save_scores
+from .lm.tables import generate_table
+from .persona.scores import MIN_COHERENCE, auc, format_auc, load_scores, pair_mask, save_scores
 from .persona.traits import Trait, system_prompt
 from .persona.vectors import PersonaVectors, load_vectors, save_vectors
 
 # %% auto #0
-__all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'answered', 'score_in_background', 'mean_difference', 'separation',
-           'diagnose', 'Extraction', 'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction',
-           'load_or_extract', 'plot_scores', 'plot_diagnostics']
+__all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'score_in_background', 'mean_difference', 'separation', 'diagnose',
+           'Extraction', 'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'load_or_extract',
+           'plot_scores', 'plot_diagnostics']
 
 # %% ../nbs/02_extract.ipynb #8c37fb3b
 def extraction_rows(
@@ -50,34 +52,6 @@ def extraction_rows(
         for j in range(n)
     ]
     return pd.DataFrame(rows)
-
-# %% ../nbs/02_extract.ipynb #7c493436
-def answered(
-    lm: LoadedModel,
-    rows: pd.DataFrame,
-    sampling: SamplingParams,
-    folder=None,
-    overwrite: bool = False,
-    label: str = "generate",
-    engine=None,
-) -> tuple[pd.DataFrame, dict]:
-    # the rows with answers, pooled activations
-    "Answer the rows, pooling on the way (or afterwards, if another engine writes)."
-    if engine is None:
-        said = generate(
-            lm,
-            list(rows.prompt),
-            sampling,
-            seeds=list(rows.seed),
-            pool=True,
-            folder=folder,
-            overwrite=overwrite,
-            label=label,
-        )
-    else:
-        said = engine.generate(list(rows.prompt), sampling, list(rows.seed), folder, overwrite, label)
-        said.pooled = collect_activations(lm, list(rows.prompt), said.texts, f"read {label}")
-    return rows.drop(columns="seed").assign(answer=said.texts), said.pooled
 
 # %% ../nbs/02_extract.ipynb #718d62f0
 @contextmanager
@@ -172,53 +146,28 @@ def extract(
     out: Path | str = "",
     overwrite: bool = False,
     engine=None,  # what writes the answers: None for Hugging Face, or a VLLMEngine
-    min_coherence: float = MIN_COHERENCE,
+    min_coherence: float = MIN_COHERENCE,  # of both answers of a kept pair
 ) -> Extraction:
-    # both answers of a kept pair are at least this coherent
     "Extract a trait's vectors while the model answers; loads them if they are there from the same inputs."
     pairs, sampling = judge.generating_pairs(trait), sampling or sampling_for(lm)
     judge.check(trait, 2 * n * len(trait.extract_questions) * len(pairs))
     folder = Path(out) if out else extraction_folder(lm.name, trait.name)
-    key = digest(
-        lm.fingerprint,
-        lm.template_hash,
-        str(lm.model.dtype),
-        asdict(trait),
-        judge.name,
-        judge.key,
-        n,
-        asdict(sampling),
-        threshold,
-        engine and engine.name,
-        pairs,
-        min_coherence,
-    )
-    if not overwrite and _is_done(folder, trait.name, key):
+    model = [lm.fingerprint, lm.template_hash, str(lm.model.dtype)]
+    answers = [n, asdict(sampling), threshold, engine and engine.name, pairs, min_coherence]
+    key = digest(*model, asdict(trait), judge.name, judge.key, *answers)
+    if Cache(folder, key, overwrite).load(f"{trait.name}_vectors.json"):
         return load_extraction(folder, trait.name)
     with score_in_background(judge) as scores_of:
         sides = {}
         for sign in ("pos", "neg"):
             label = f"{trait.name} {sign}"
-            answers, acts = answered(
-                lm, extraction_rows(lm, trait, sign, n, pairs), sampling, folder, overwrite, label, engine
-            )
-            sides[sign] = scores_of(answers, lm, judge, trait, f"judge {label}"), acts
+            rows = extraction_rows(lm, trait, sign, n, pairs)
+            table, acts = generate_table(lm, rows, sampling, None, True, engine, folder, overwrite, label)
+            table = table.drop(columns=["seed", "tokens", "engine"])
+            sides[sign] = scores_of(table, lm, judge, trait, f"judge {label}"), acts
         pos, neg = ((scores.result(), acts) for scores, acts in sides.values())
-    return _finish(
-        lm,
-        trait,
-        judge.name,
-        folder,
-        key,
-        pos,
-        neg,
-        threshold,
-        min_coherence,
-        n=n,
-        pairs=pairs,
-        sampling=asdict(sampling),
-        engine=engine.name if engine else "hf",
-    )
+    facts = dict(n=n, pairs=pairs, sampling=asdict(sampling), engine=engine.name if engine else "hf")
+    return _finish(lm, trait, judge.name, folder, pos, neg, threshold, min_coherence, key=key, **facts)
 
 # %% ../nbs/02_extract.ipynb #2c74cf26
 def extract_from_scores(
@@ -239,27 +188,15 @@ def extract_from_scores(
         collect_activations(lm, list(f.prompt), list(f.answer), label=f"read {s}")
         for f, s in zip(sides, ("pos", "neg"))
     ]
-    return _finish(
-        lm,
-        trait,
-        "as in the CSV",
-        folder,
-        "",
-        *zip(sides, pooled),
-        threshold,
-        min_coherence,
-        csv=[str(pos_csv), str(neg_csv)],
-    )
+    pos, neg = zip(sides, pooled)
+    facts = dict(key="", csv=[str(pos_csv), str(neg_csv)])
+    return _finish(lm, trait, "as in the CSV", folder, pos, neg, threshold, min_coherence, **facts)
 
 # %% ../nbs/02_extract.ipynb #b20dc4ac
 HOOK_SITE = "output of the block (before the final norm, also in the last layer); row 0 is the input of block 1"
 
-
-def _is_done(folder: Path, trait: str, key: str) -> bool:
-    return load_json(folder / f"{trait}_vectors.json", {}).get("key") == key
-
 # %% ../nbs/02_extract.ipynb #45fefc97
-def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, min_coherence, **facts) -> Extraction:
+def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, **facts) -> Extraction:
     "Filter, average, diagnose, write."
     (pos, pos_acts), (neg, neg_acts), name = pos, neg, trait.name
     for sign, frame in (("pos", pos), ("neg", neg)):
@@ -273,7 +210,6 @@ def _finish(lm, trait, judge_name, folder, key, pos, neg, threshold, min_coheren
     table = diagnose(pos_acts["response_avg"][torch.as_tensor(kept)], neg_acts["response_avg"][torch.as_tensor(kept)])
     empty = int((pos.answer.str.strip() == "").sum() + (neg.answer.str.strip() == "").sum())
     vectors.metadata = provenance(
-        key=key,
         trait=name,
         definition=digest(asdict(trait)),
         model=lm.name,

@@ -16,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from .base.cache import Cache
 from persona_steer.base.core import (
     atomic_path,
     check,
     digest,
-    load_json,
     pick_device,
     provenance,
     run_path,
@@ -39,8 +39,8 @@ from persona_steer.training.config import (
 )
 
 # %% auto #0
-__all__ = ['training_steering', 'tokenize_chats', 'add_lora', 'sft_config', 'trainer_for', 'Finetuned', 'finetune', 'finetune_in',
-           'PreparedRun', 'prepare_run', 'load_finetuned', 'plot_losses']
+__all__ = ['SAME_IN_TRL', 'training_steering', 'tokenize_chats', 'add_lora', 'sft_config', 'trainer_for', 'Finetuned', 'finetune',
+           'finetune_in', 'PreparedRun', 'prepare_run', 'load_finetuned', 'plot_losses']
 
 # %% ../nbs/06_finetune.ipynb #500c8477
 def training_steering(
@@ -112,32 +112,37 @@ def _targets(lm: LoadedModel, config: TrainingConfig) -> list[str]:
     return config.target_modules
 
 # %% ../nbs/06_finetune.ipynb #92bff0e5
+SAME_IN_TRL = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "lr_scheduler_type",
+    "seed",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+    "gradient_checkpointing",
+)
+
+# %% ../nbs/06_finetune.ipynb #16017e6b
 def sft_config(config: TrainingConfig, folder: Path, held_out: bool, device: torch.device):
     "The configuration in TRL's terms."
     from trl import SFTConfig
 
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     args = SFTConfig(
+        **{name: getattr(config, name) for name in SAME_IN_TRL},
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.per_device_train_batch_size,
         per_device_eval_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        warmup_steps=config.warmup_steps,
-        learning_rate=config.learning_rate,
-        optim=config.optim,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type=config.lr_scheduler_type,
-        seed=config.seed,
         data_seed=config.seed,
-        logging_steps=config.logging_steps,
-        save_steps=config.save_steps,
         save_total_limit=2,
         eval_strategy="epoch" if held_out else "no",
-        report_to=config.report_to,
         run_name=folder.name,
-        gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=bf16,
         fp16=False,
@@ -260,22 +265,28 @@ def _run(config: TrainingConfig, inputs: PreparedRun, folder: Path, overwrite: b
     "Load the run if it is done, else train."
     if overwrite:
         _forget(folder)
-    if base and _done(folder, inputs.key, base):
+    if base and _cache(folder, inputs, base).load("provenance.json"):
         return _finished(folder, config)
     lm = load_model(config.model, _device(config), _dtype(config), quantize="4bit" if config.load_in_4bit else "")
-    if _done(folder, inputs.key, lm.fingerprint):
+    cache = _cache(folder, inputs, lm.fingerprint)
+    if cache.load("provenance.json"):
         return _finished(folder, config)
-    _claim(folder, inputs.key, lm)
+    _claim(cache)
     trainer = trainer_for(lm, config, folder, inputs.train, inputs.held_out)
     passes = _train(trainer, training_steering(lm, config, inputs.vector) if config.guard else None, folder)
     if trainer.is_world_process_zero():
-        _save(trainer, lm, config, folder, inputs.key, passes, len(inputs.train), len(inputs.held_out))
+        _save(trainer, lm, config, cache, inputs, passes)
     trainer.accelerator.wait_for_everyone()
     del trainer, lm
     gc.collect()  # before the result is loaded: two models at once may be too many
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return load_finetuned(folder)
+
+
+def _cache(folder: Path, inputs: PreparedRun, base: str) -> Cache:
+    "The records of a run: run.json while it trains, provenance.json when it is whole."
+    return Cache(folder, digest(inputs.key, base))
 
 # %% ../nbs/06_finetune.ipynb #c5985871
 def _train(trainer, held: Steering | None, folder: Path) -> int:  # forward passes that were steered
@@ -338,11 +349,6 @@ def _forget(folder: Path):
     shutil.rmtree(folder)
 
 
-def _done(folder: Path, key: str, base: str) -> bool:
-    found = load_json(folder / "provenance.json", {})
-    return found.get("key") == key and found.get("base_fingerprint") == base
-
-
 def _finished(folder: Path, config: TrainingConfig) -> Finetuned:
     "A run that is done; its merged model is written if it is asked for now and was not before."
     run = load_finetuned(folder)
@@ -360,36 +366,35 @@ def _write_model(model, tokenizer, folder: Path):
     tokenizer.save_pretrained(folder)
 
 # %% ../nbs/06_finetune.ipynb #c5269fd2
-def _claim(folder: Path, key: str, lm: LoadedModel):
+def _claim(cache: Cache):
     "Say whose checkpoints will lie in the folder; those of another run are an error, or would be continued by mistake."
-    note, me = folder / "run.json", {"key": key, "base_fingerprint": lm.fingerprint}
+    folder, note = cache.folder, cache.folder / "run.json"
     if note.exists():
         check(
-            load_json(note) == me,
+            cache.load(note.name),
             f"{folder} holds another training run (other data, settings or model): choose another "
             "folder, or use overwrite.",
         )
-    else:
-        check(
-            not folder.exists() or not _last_checkpoint(folder),
-            f"{folder} holds checkpoints of an unknown run: choose another folder, or use overwrite.",
-        )
-        save_json(note, me)
+        return
+    check(
+        not _last_checkpoint(folder),
+        f"{folder} holds checkpoints of an unknown run: choose another folder, or use overwrite.",
+    )
+    cache.save(note.name, {})
+
+# %% ../nbs/06_finetune.ipynb #0a746549
+def _losses(history: list[dict]) -> pd.DataFrame:  # step, epoch, loss, eval_loss, learning_rate
+    "The losses in the trainer's log."
+    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate"]
+    losses = pd.DataFrame(history).reindex(columns=columns)
+    return losses[losses.loss.notna() | losses.eval_loss.notna()].astype(float)
 
 # %% ../nbs/06_finetune.ipynb #04c4eed7
-def _save(
-    trainer, lm: LoadedModel, config: TrainingConfig, folder: Path, key: str, passes: int, trained: int, held_out: int
-):
+def _save(trainer, lm: LoadedModel, config: TrainingConfig, cache: Cache, inputs: PreparedRun, passes: int):
     "Write everything; the provenance comes last and says that the run is whole."
-    losses = pd.DataFrame(trainer.state.log_history)
-    for column in ("loss", "eval_loss", "learning_rate"):
-        if column not in losses:
-            losses[column] = float("nan")
-    losses = losses[losses.loss.notna() | losses.eval_loss.notna()][
-        ["step", "epoch", "loss", "eval_loss", "learning_rate"]
-    ].astype(float)
+    folder = cache.folder
     with atomic_path(folder / "losses.csv") as tmp:
-        losses.to_csv(tmp, index=False)
+        _losses(trainer.state.log_history).to_csv(tmp, index=False)
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.config.use_cache = True
     # as the user knows it: "pocket" is no folder of that name
@@ -403,24 +408,16 @@ def _save(
     elif _merges(config):
         _write_model(model.merge_and_unload(), lm.tokenizer, folder / "merged")
     save_json(folder / "training_config.json", config.model_dump())
-    save_json(
-        folder / "provenance.json",
-        provenance(
-            key=key,
-            model=config.model,
-            base_fingerprint=lm.fingerprint,
-            template=lm.template_hash,
-            files=config.training_file,
-            trained_on=trained,
-            held_out=held_out,
-            guard=config.guard and config.guard.model_dump(),
-            steered_passes=passes,
-            steps=trainer.state.global_step,
-            seconds=round(trainer.state.log_history[-1].get("train_runtime", 0), 1),
-            seed=config.seed,
-            device=str(lm.device),
-        ),
+    about = dict(model=config.model, base_fingerprint=lm.fingerprint, template=lm.template_hash, device=str(lm.device))
+    data = dict(files=config.training_file, trained_on=len(inputs.train), held_out=len(inputs.held_out))
+    training = dict(
+        guard=config.guard and config.guard.model_dump(),
+        steered_passes=passes,
+        steps=trainer.state.global_step,
+        seconds=round(trainer.state.log_history[-1].get("train_runtime", 0), 1),
+        seed=config.seed,
     )
+    cache.save("provenance.json", provenance(**about, **data, **training))
     for p in folder.glob("checkpoint-*"):
         shutil.rmtree(p)
     (folder / "README.md").unlink(missing_ok=True)  # the trainer's model card, which knows nothing

@@ -8,22 +8,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-import torch
 
-from .base.core import atomic_path, check
+from .base.core import check
 from .finetuning import finetune_in
 from .judges.judging import Judge
 from .lm.activations import steer
-from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
 from .persona.scores import as_columns
 from .persona.traits import Trait, plain_prompt
-from .persona.vectors import PersonaVectors, vector_file
+from .persona.vectors import PersonaVectors
 from .training.config import TrainingConfig, load_config
 from .training.model_evaluation import ModelEvaluation, evaluate_model
 
 # %% auto #0
-__all__ = ['LINES', 'LEVEL', 'training_plan', 'effect_row', 'compare_mitigations', 'choose_mitigation', 'plot_mitigations']
+__all__ = ['UNGUARDED', 'LINES', 'LEVEL', 'training_plan', 'effect_row', 'compare_mitigations', 'choose_mitigation',
+           'plot_mitigations']
 
 # %% ../nbs/06b_guard.ipynb #b155569f
 def training_plan(
@@ -70,22 +69,23 @@ def effect_row(condition: str, coefficient: float, split: str, e: ModelEvaluatio
     return row
 
 # %% ../nbs/06b_guard.ipynb #9e2b88e4
+# what a row of a plan starts from
+UNGUARDED = dict(enable_steering_during_training=False, steering_config=None, system_prompt="", save_merged=False)
+
+# %% ../nbs/06b_guard.ipynb #90484587
 def compare_mitigations(
     lm: LoadedModel,
     trait: Trait,
     judge: Judge,
     vectors: PersonaVectors,
     config: TrainingConfig,
-    plan: pd.DataFrame,
+    plan: pd.DataFrame,  # see `training_plan`
     layer: int,
-    post_hoc: list[float],
+    post_hoc: list[float],  # coefficients of steering the unguarded model
     folder: Path,
-    n: int = 1,
-    sampling: SamplingParams = SamplingParams(),
-    quiz: list | None = None,
-    tasks=(),
-    task_limit: int = 0,  # as in evaluate_model
     overwrite: bool = False,
+    knowledge: dict | None = None,  # quiz, tasks, task_limit of evaluate_model: on evaluation questions only
+    **options,  # of evaluate_model: n, sampling
 ) -> tuple[pd.DataFrame, dict]:
     # condition, coefficient, split and, each with _low, _high, _n, _missing: trait, coherence (capability); name ->
     # answers
@@ -93,40 +93,22 @@ def compare_mitigations(
     report). A guard in the configuration is left out."""
     rows, answers = [], {}
 
-    def take(condition, c, model, steering=None):
-        for split in ("extract", "eval"):
-            known = dict(quiz=quiz, tasks=tasks, task_limit=task_limit) if split == "eval" else {}
-            e = evaluate_model(
-                model,
-                [trait],
-                judge,
-                n,
-                split,
-                sampling,
-                steering=steering,
-                **known,
-                folder=folder / f"{condition} {c:g}" / split,
-                overwrite=overwrite,
-                label=f"{condition} {c:g}",
-            )
+    def evaluate(condition, c, model, steering=None):
+        name = f"{condition} {c:g}"
+        for split, more in (("extract", {}), ("eval", knowledge or {})):
+            kept = dict(folder=folder / name / split, overwrite=overwrite, label=name)
+            e = evaluate_model(model, [trait], judge, split=split, steering=steering, **options, **more, **kept)
             rows.append(effect_row(condition, c, split, e, trait.name))
-        answers[f"{condition} {c:g}"] = e.answers
+        answers[name] = e.answers
 
-    take("before training", 0, lm)
+    evaluate("before training", 0, lm)
     for p in plan.itertuples():
-        changes = {
-            "enable_steering_during_training": False,
-            "steering_config": None,
-            "system_prompt": "",
-            "save_merged": False,
-        } | p.changes
-        run = finetune_in(
-            folder / f"{p.condition} {p.coefficient:g}", load_config(config.model_dump(), **changes), lm, overwrite
-        )
-        take(p.condition, p.coefficient, run.lm)
+        run_config = load_config(config.model_dump(), **(UNGUARDED | p.changes))
+        run = finetune_in(folder / f"{p.condition} {p.coefficient:g}", run_config, lm, overwrite)
+        evaluate(p.condition, p.coefficient, run.lm)
         if p.condition == "no guard":
             for c in post_hoc:
-                take("post-hoc steering", c, run.lm, steer(run.lm, vectors.response_avg, layer, -abs(c)))
+                evaluate("post-hoc steering", c, run.lm, steer(run.lm, vectors.response_avg, layer, -abs(c)))
         del run  # before the next model is loaded
     return pd.DataFrame(rows), answers
 

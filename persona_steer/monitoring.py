@@ -13,8 +13,9 @@ import pandas as pd
 
 from .base.core import check, load_json
 from .judges.judging import Judge, add_scores
-from .lm.generation import SamplingParams, generate
+from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
+from .lm.tables import generate_table
 from .persona.scores import correlation, format_correlation, save_table
 from .persona.traits import Trait, traits_folder
 from .persona.vectors import PersonaVectors
@@ -120,7 +121,7 @@ def monitor(
     vectors: PersonaVectors,
     rows: pd.DataFrame,
     sampling: SamplingParams = SamplingParams(),
-    pool: str = "response_avg",
+    pooling: str = "response_avg",
     folder: Path | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:
@@ -129,19 +130,17 @@ def monitor(
     "Answer, judge, and project the last prompt token on the vector of every layer."
     judge.check(trait, len(rows))
     check_length(lm, list(rows.prompt.unique()), sampling.max_new_tokens)
-    said = generate(
-        lm, list(rows.prompt), sampling, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label="answer"
-    )
-    frame = add_scores(rows.assign(answer=said.texts), lm, judge, trait, "judge")
+    table = generate_table(lm, rows, sampling, folder=folder, overwrite=overwrite, label="answer")
+    frame = add_scores(table.drop(columns=["seed", "tokens", "engine"]), lm, judge, trait, "judge")
     if folder:
-        save_table(frame.drop(columns="seed"), Path(folder) / "answers.csv")
+        save_table(frame, Path(folder) / "answers.csv")
     asked = (
         frame.groupby(["kind", "level", "question", "prompt"], sort=False)[[trait.name, "coherence"]]
         .mean()
         .reset_index()
     )
     layers = list(range(1, lm.n_layers + 1))
-    seen = project(lm, list(asked.prompt), [""] * len(asked), {"v": getattr(vectors, pool)}, layers, "project")
+    seen = project(lm, list(asked.prompt), [""] * len(asked), {"v": getattr(vectors, pooling)}, layers, "project")
     return asked.join(
         seen[[f"v_prompt_last_proj_layer{l}" for l in layers]].set_axis([f"layer{l}" for l in layers], axis=1)
     )
@@ -165,37 +164,11 @@ def correlations(frame: pd.DataFrame, trait: str, layer: int) -> pd.DataFrame:
 def plot_monitoring(frame: pd.DataFrame, trait: str, layer: int):
     "Projection against trait score, a panel per kind of prompt, coloured by condition; beside them r by layer."
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
     kinds = list(frame.kind.unique())
     fig, axes = plt.subplots(1, len(kinds) + 1, figsize=(4 * len(kinds) + 3, 3.5), layout="constrained")
     for ax, k in zip(axes, kinds):
-        g = frame[frame.kind == k]
-        sns.scatterplot(
-            g,
-            x=f"layer{layer}",
-            y=trait,
-            hue="level",
-            palette="vlag",
-            s=22,
-            edgecolor="#555555",
-            linewidth=0.3,
-            legend="full",
-            ax=ax,
-        )
-        ax.legend(
-            title="most suppressing: 1" if k == "system prompt" else "shots",
-            fontsize=7,
-            title_fontsize=7,
-            frameon=False,
-        )
-        ax.set(
-            xlabel=f"projection of the last prompt token, layer {layer}",
-            ylabel=f"{trait} score",
-            ylim=(-3, 103),
-            title=f"{k}: r = {format_correlation(correlation(g[f'layer{layer}'], g[trait], g.question))}",
-        )
-        ax.title.set_fontsize(9)
+        _plot_kind(ax, frame[frame.kind == k], k, trait, layer)
     layers = [int(c[5:]) for c in frame if c.startswith("layer")]
     for k in kinds:
         g = frame[frame.kind == k]
@@ -207,3 +180,16 @@ def plot_monitoring(frame: pd.DataFrame, trait: str, layer: int):
     axes[-1].legend(fontsize=8, frameon=False)
     axes[-1].grid(alpha=0.25)
     return fig
+
+
+def _plot_kind(ax, rows: pd.DataFrame, kind: str, trait: str, layer: int):
+    "Projection against score for one kind of prompt."
+    import seaborn as sns
+
+    x, points = f"layer{layer}", dict(palette="vlag", s=22, edgecolor="#555555", linewidth=0.3)
+    sns.scatterplot(rows, x=x, y=trait, hue="level", legend="full", ax=ax, **points)
+    title = "most suppressing: 1" if kind == "system prompt" else "shots"
+    ax.legend(title=title, fontsize=7, title_fontsize=7, frameon=False)
+    r = format_correlation(correlation(rows[x], rows[trait], rows.question))
+    ax.set(xlabel=f"projection of the last prompt token, layer {layer}", ylabel=f"{trait} score", ylim=(-3, 103))
+    ax.set_title(f"{kind}: r = {r}", fontsize=9)

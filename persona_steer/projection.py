@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .base.core import check, digest, load_json, provenance, save_json
+from .base.cache import Cache
+from .base.core import check, digest, provenance
 from .lm.activations import hidden, validate_vector
 from .lm.chats import last_answer, load_chats, save_jsonl
 from .lm.generation import iter_activations
@@ -145,24 +146,16 @@ def project_file(
     "Add projections to a file; what made them goes beside it, into `{file}.projection.json`."
     target = Path(out or path)
     rows, prompts, answers = texts_of(lm, path)
-    about, texts = (
-        target.with_name(target.name + ".projection.json"),
-        digest(prompts, answers, lm.fingerprint, lm.template_hash),
-    )
-    known = load_json(about, {}) if target.exists() else {}
-    known = known if known.get("texts") == texts else {}
+    cache = Cache(target.parent, digest(prompts, answers, lm.fingerprint, lm.template_hash))
+    record = f"{target.name}.projection.json"
+    known = cache.load(record) if target.exists() else {}
     if target != Path(path) and known and not overwrite:
         rows = texts_of(lm, target)[0]
     named = {f"{lm.basename}_{name}": v for name, v in vectors.items()}
     columns = {name: [f"{name}_{k}_layer{l}" for k in MEASURES for l in layers] for name in named}
     made = {name: digest(v.tolist()) for name, v in named.items()}
-    for name in named:
-        other = not overwrite and name in known.get("vectors", {}) and known["vectors"][name] != made[name]
-        check(
-            not other,
-            f"{target} holds projections named {name} that were made with another vector: use "
-            "overwrite, or another file name for the vector.",
-        )
+    if not overwrite:
+        _check_same_vectors(target, known.get("vectors", {}), made)
     todo = {name: v for name, v in named.items() if overwrite or any(c not in r for c in columns[name] for r in rows)}
     if todo:
         new = project(lm, prompts, answers, todo, layers).astype(object)
@@ -171,18 +164,20 @@ def project_file(
             row.update({k: v for k, v in values.items() if overwrite or k not in row})
     if todo or not target.exists():
         save_rows(rows, target)
-        save_json(
-            about,
-            provenance(
-                texts=texts,
-                source=str(path),
-                model=lm.name,
-                fingerprint=lm.fingerprint,
-                template=lm.template_hash,
-                vectors=known.get("vectors", {}) | {n: made[n] for n in todo},
-                layers=sorted({*known.get("layers", []), *layers}),
-            ),
-        )
+        about = dict(source=str(path), model=lm.name, fingerprint=lm.fingerprint, template=lm.template_hash)
+        digests = known.get("vectors", {}) | {n: made[n] for n in todo}
+        seen = sorted({*known.get("layers", []), *layers})
+        cache.save(record, provenance(**about, vectors=digests, layers=seen))
     return pd.DataFrame([{c: r[c] for name in named for c in columns[name]} for r in rows]).apply(
         pd.to_numeric, errors="coerce"
     )
+
+# %% ../nbs/05_project.ipynb #49459919
+def _check_same_vectors(target: Path, known: dict, made: dict):
+    "Raise `PersonaError` if the file holds projections of that name on another vector."
+    for name in made:
+        check(
+            known.get(name, made[name]) == made[name],
+            f"{target} holds projections named {name} that were made with another vector: use overwrite, or another "
+            "file name for the vector.",
+        )

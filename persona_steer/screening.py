@@ -15,9 +15,10 @@ import pandas as pd
 from .base.core import check
 from .dataset_sweep import COLORS
 from .lm.chats import last_answer, load_chats, save_jsonl
-from .lm.generation import SamplingParams, generate
+from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
-from .persona.scores import auc, correlation, format_auc, mean_ci
+from .lm.tables import generate_table
+from .persona.scores import auc, mean_ci
 from .projection import project
 
 # %% auto #0
@@ -35,8 +36,8 @@ def own_answers(
 ) -> dict:  # prompt -> answer
     "What the model itself says to each distinct prompt."
     unique = list(dict.fromkeys(prompts))
-    said = generate(lm, unique, sampling, seeds=unique, folder=folder, overwrite=overwrite, label=label)
-    return dict(zip(unique, said.texts))
+    rows = pd.DataFrame({"prompt": unique, "seed": unique})
+    return dict(zip(unique, generate_table(lm, rows, sampling, folder=folder, overwrite=overwrite, label=label).answer))
 
 # %% ../nbs/07_screen.ipynb #c76f8414
 def screen(
@@ -53,20 +54,7 @@ def screen(
     # an answer is empty)
     """A row per sample and trait: data (projection of its answer), own (of the model's answer), asked (of the last
     prompt token), difference."""
-    samples = []
-    for d in datasets.itertuples():
-        lines = load_chats(d.path)
-        drawn = (
-            range(len(lines))
-            if not limit or limit >= len(lines)
-            else sorted(random.Random(sampling.seed).sample(range(len(lines)), limit))
-        )
-        for i in drawn:  # the same lines at every level, so that they share the model's own answers
-            question, prompt, answer = last_answer(lm, lines[i]["messages"])
-            samples.append(
-                dict(family=d.family, level=d.level, line=i, question=question, prompt=prompt, answer=answer)
-            )
-    frame = pd.DataFrame(samples)
+    frame = _samples(lm, datasets, limit, sampling.seed)
     own = own_answers(lm, list(frame.prompt), sampling, folder, overwrite)
     frame["own_answer"] = frame.prompt.map(own)
     once = frame.drop_duplicates("prompt")
@@ -74,18 +62,27 @@ def screen(
     mine = _project(lm, list(once.prompt), list(once.own_answer), vectors, layers, "read own answers")
     parts = []
     for t in vectors:
-        before = pd.Series(mine["proj"][t].to_numpy(), index=once.prompt)
-        parts.append(
-            frame.assign(
-                trait=t,
-                layer=layers[t],
-                data=data["proj"][t],
-                own=frame.prompt.map(before),
-                asked=data["prompt_last_proj"][t],
-            )
-        )
+        own = frame.prompt.map(pd.Series(mine["proj"][t].to_numpy(), index=once.prompt))
+        asked = data["prompt_last_proj"][t]
+        parts.append(frame.assign(trait=t, layer=layers[t], data=data["proj"][t], own=own, asked=asked))
     out = pd.concat(parts, ignore_index=True)
     return out.assign(difference=out.data - out.own)
+
+# %% ../nbs/07_screen.ipynb #cbf9d05b
+def _samples(lm: LoadedModel, datasets: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+    # family, level, line, question, prompt, answer
+    "The samples of all datasets; with a limit, the same lines at every level, which share the model's own answers."
+    samples = []
+    for d in datasets.itertuples():
+        chats = load_chats(d.path)
+        lines = range(len(chats))
+        if 0 < limit < len(chats):
+            lines = sorted(random.Random(seed).sample(lines, limit))
+        for i in lines:
+            question, prompt, answer = last_answer(lm, chats[i]["messages"])
+            about = dict(family=d.family, level=d.level, line=i)
+            samples.append(about | dict(question=question, prompt=prompt, answer=answer))
+    return pd.DataFrame(samples)
 
 # %% ../nbs/07_screen.ipynb #d1dc59d9
 def _project(lm, prompts, answers, vectors, layers, label) -> dict:

@@ -8,89 +8,13 @@ from __future__ import annotations
 import html
 
 import pandas as pd
-import torch
 
-from .base.core import check, load_json, run_path
-from .lm.activations import Steering, steer
-from .lm.generation import SamplingParams, generate
+from .base.core import load_json, run_path
 from .lm.models import LoadedModel
 from .persona.scores import format_mean
 
 # %% auto #0
-__all__ = ['PLAN', 'plan', 'steering_of', 'respond', 'side_by_side', 'sweep_view', 'chosen_point', 'default_layer',
-           'default_coefficient']
-
-# %% ../nbs/03_steer.ipynb #71d6db7b
-PLAN = ["condition", "question", "system", "vector", "layer", "coefficient"]
-
-
-def plan(
-    questions,
-    condition: str = "",
-    system: str = "",
-    vector: str = "",
-    layer: int = 0,
-    coefficient: float = 0.0,
-    n: int = 1,
-) -> pd.DataFrame:
-    """Rows for some questions under one condition; answer j to a question shares its random numbers with answer j
-    elsewhere."""
-    return pd.DataFrame(
-        [
-            dict(
-                condition=condition,
-                question=q,
-                system=system,
-                vector=vector,
-                layer=layer,
-                coefficient=float(coefficient),
-                seed=f"{q}|{j}",
-            )
-            for q in questions
-            for j in range(n)
-        ]
-    )
-
-# %% ../nbs/03_steer.ipynb #940a45ce
-def steering_of(
-    lm: LoadedModel,
-    rows: pd.DataFrame,
-    vectors: dict,  # name -> [layers + 1, hidden]
-    positions: str = "response",
-    mode: str = "add",
-) -> Steering | None:
-    "The steering that gives each row of a plan its own vector, layer and coefficient."
-    terms = []
-    for (name, layer), _ in rows[rows.vector != ""].groupby(["vector", "layer"], sort=True):
-        check(
-            name in vectors, f"the plan asks for the vector '{name}' but there are only {', '.join(vectors) or 'none'}."
-        )
-        mine = ((rows.vector == name) & (rows.layer == layer)).to_numpy()
-        column = torch.as_tensor(rows.coefficient.to_numpy() * mine, dtype=torch.float32)
-        terms += steer(lm, vectors[name], int(layer), column, positions, mode).terms
-    return Steering(lm, terms, positions, mode) if terms else None
-
-# %% ../nbs/03_steer.ipynb #394f702c
-def respond(
-    lm: LoadedModel,
-    rows: pd.DataFrame,
-    vectors: dict | None = None,
-    sampling: SamplingParams = SamplingParams(),
-    positions: str = "response",
-    mode: str = "add",
-    folder=None,
-    overwrite: bool = False,
-    label: str = "steer",
-) -> pd.DataFrame:
-    # the plan with prompt and answer
-    "Generate every row of a plan."
-    check(len(rows), "there is nothing to generate: the plan is empty.")
-    prompts = [lm.prompt(q, s) for q, s in zip(rows.question, rows.system)]
-    steering = steering_of(lm, rows, vectors or {}, positions, mode)
-    said = generate(
-        lm, prompts, sampling, steering, seeds=list(rows.seed), folder=folder, overwrite=overwrite, label=label
-    )
-    return rows.assign(prompt=prompts, answer=said.texts, tokens=said.tokens, engine="hf")
+__all__ = ['side_by_side', 'sweep_view', 'chosen_point', 'default_layer', 'default_coefficient']
 
 # %% ../nbs/03_steer.ipynb #df0f73ab
 def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str:  # HTML

@@ -7,31 +7,32 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from .base.cache import ResumableRun
 from .base.core import PersonaError, atomic_path, check, data_path
 from .base.core import settings as core_settings
-from .base.steps import Steps, check_writable
 from .judges.local import ClassifierJudge
 from .judges.second_opinions import ProfanityScorer
 from .lm.chats import load_jsonl
 from .lm.generation import SamplingParams, answer_logprobs, collect_activations, encode_pair
 from .lm.models import LoadedModel, load_model, on_off
+from .lm.tables import condition_rows, generate_table, table_steering
 from .persona.scores import distinct, mean_ci
 from .persona.vectors import random_like
-from .steering import plan, respond
 
 # %% auto #0
 __all__ = ['SETUPS', 'PROPERTIES', 'GROUPS', 'MEASURES', 'CompletionSetup', 'load_completion_model', 'default_layers',
            'load_scorer', 'load_toxicity_prompts', 'Prompts', 'choose_prompts', 'prompt_rows', 'completion_nll',
-           'measures', 'completion_plan', 'complete', 'choose_pairs', 'toxicity_vector', 'halves',
-           'summarise_completions', 'choose_alpha', 'ToxicityResult', 'paired_changes', 'run_toxicity',
-           'plot_alpha_sweep', 'plot_toxicity_heatmaps', 'plot_summary', 'save_plot']
+           'measures', 'completion_rows', 'complete', 'choose_pairs', 'toxicity_vector', 'halves',
+           'summarise_completions', 'choose_alpha', 'ToxicityResult', 'paired_changes', 'ToxicityConfig',
+           'run_toxicity', 'plot_alpha_sweep', 'plot_toxicity_heatmaps', 'plot_summary', 'save_plot']
 
 # %% ../nbs/08_toxicity.ipynb #7d0a51e2
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def measures(
     )
 
 # %% ../nbs/08_toxicity.ipynb #8dba9a0f
-def completion_plan(
+def completion_rows(
     prompts: dict,  # group -> texts
     condition: str,
     layer: int = 1,
@@ -282,7 +283,7 @@ def completion_plan(
     "Every prompt under one condition; sample j of a prompt shares its random numbers with sample j elsewhere."
     parts = []
     for group, texts in prompts.items():
-        rows = plan(texts, condition, "", vector, layer, -alpha, samples)
+        rows = condition_rows(texts, condition, "", vector, layer, -alpha, samples)
         parts.append(rows.assign(group=group, alpha=float(alpha)))
     return pd.concat(parts, ignore_index=True)
 
@@ -297,12 +298,13 @@ def complete(
     label: str,
     overwrite: bool = False,
 ) -> pd.DataFrame:
-    "The plan with answer, toxicity in [0, 1] (missing where nothing is said, without thoughts), nll and tokens."
-    said = respond(lm, rows, vectors, sampling, folder=folder, overwrite=overwrite, label=label)
-    spoken = pd.Series([lm.strip_thinking(a, p).strip() for a, p in zip(said.answer, said.prompt)], index=said.index)
+    "The table with answer, toxicity in [0, 1] (missing where nothing is said, without thoughts), nll and tokens."
+    steering = table_steering(lm, rows, vectors)
+    table = generate_table(lm, rows, sampling, steering, folder=folder, overwrite=overwrite, label=label)
+    spoken = pd.Series([lm.strip_thinking(a, p).strip() for a, p in zip(table.answer, table.prompt)], index=table.index)
     scores = iter(scorer.scores(list(spoken[spoken != ""])) if (spoken != "").any() else [])
-    nll, tokens = zip(*completion_nll(lm, list(said.prompt), list(said.answer)))
-    keep = said.rename(columns={"question": "prompt_text"})
+    nll, tokens = zip(*completion_nll(lm, list(table.prompt), list(table.answer)))
+    keep = table.rename(columns={"question": "prompt_text"})
     keep = keep[["group", "condition", "vector", "layer", "alpha", "prompt_text", "answer"]]
     return keep.assign(toxicity=[next(scores) / 100 if s else None for s in spoken], nll=nll, tokens=tokens)
 
@@ -418,101 +420,86 @@ def paired_changes(rows: pd.DataFrame) -> dict:  # condition and alpha -> group 
     return out
 
 # %% ../nbs/08_toxicity.ipynb #2cece3bd
+@dataclass(frozen=True)
+class ToxicityConfig:
+    "Settings of the experiment besides model, prompts and scorer."
+
+    alphas: list[float]  # strengths; 0 must be there
+    layers: list[int]  # to choose from
+    pairs: int = 20  # contrastive pairs
+    last: int = 32  # tokens at the end of the text that are averaged; 0: those of the completion
+    samples: int = 5  # completions of each prompt in the report
+    pair_samples: int = 2  # completions of each prompt that pairs are made from
+    sampling: SamplingParams = SamplingParams(40, 0.7, 0.9)
+    random_vectors: int = 2  # controls
+    max_perplexity: float = 1.25  # of the chosen point, relative to the baseline's
+
+    def check(self, lm: LoadedModel):
+        "Raise `PersonaError` if the experiment cannot be run like this; called before anything is written."
+        for l in self.layers:
+            lm.check_layer(l)
+        check(0.0 in self.alphas, "alphas must hold 0: the unsteered baseline goes through the same code.")
+        strong = self.layers and max(self.alphas) > 0
+        check(strong, "at least one layer and one positive alpha are needed to choose from.")
+        enough = min(self.samples, self.pair_samples) >= 1 and self.pairs >= 2
+        enough = enough and self.last >= 0 and self.random_vectors >= 0
+        check(enough, "pairs must be at least 2, samples and last at least 1 (last may be 0: the completion's tokens).")
+
+# %% ../nbs/08_toxicity.ipynb #727f62de
 def run_toxicity(
     lm: LoadedModel,
     scorer,  # see `load_scorer`
     prompts: Prompts,
-    alphas: list[float],  # strengths; 0 must be there
-    layers: list[int],  # to choose from
+    config: ToxicityConfig,
     folder: Path,  # where to write
-    pairs: int = 20,  # contrastive pairs
-    last: int = 32,  # tokens at the end of the text that are averaged; 0: those of the completion
-    samples: int = 5,  # completions of each prompt in the report
-    pair_samples: int = 2,  # completions of each prompt that pairs are made from
-    sampling: SamplingParams = SamplingParams(40, 0.7, 0.9),
-    random_vectors: int = 2,  # controls
-    max_perplexity: float = 1.25,  # of the chosen point, relative to the baseline's
     overwrite: bool = False,
 ) -> ToxicityResult:
     "The whole experiment; resumes from what an earlier run with the same settings left."
-    layers, alphas = list(dict.fromkeys(layers)), list(dict.fromkeys(float(a) for a in alphas))
-    _check_settings(lm, layers, alphas, pairs, last, samples, pair_samples, random_vectors)
-    settings = dict(
-        model=lm.name,
-        fingerprint=lm.fingerprint,
-        template=lm.template_hash,
-        dtype=str(lm.model.dtype),
-        device=lm.device.type,
-        batch_tokens=core_settings().batch_tokens,
-        scorer=scorer.name,
-        scorer_key=scorer.key,
-        prompts=asdict(prompts),
-        alphas=alphas,
-        layers=layers,
-        pairs=pairs,
-        last=last,
-        samples=samples,
-        pair_samples=pair_samples,
-        sampling=asdict(sampling),
-        random_vectors=random_vectors,
-        max_perplexity=max_perplexity,
-    )
-    choose_on, report_on = halves(prompts.evaluate, sampling.seed)
-    with Steps(folder, settings, overwrite) as steps:
+    alphas = list(dict.fromkeys(map(float, config.alphas)))
+    config = replace(config, layers=list(dict.fromkeys(config.layers)), alphas=alphas)
+    config.check(lm)
+    with ResumableRun(folder, _settings(lm, scorer, prompts, config), overwrite) as run:
 
-        def completions(name, rows, vectors):
+        def completions(name, rows, vectors=None):
             def make():
-                return complete(lm, rows, vectors, scorer, sampling, folder, name, overwrite)
+                return complete(lm, rows, vectors or {}, scorer, config.sampling, folder, name, overwrite)
 
-            return steps.table(name, make).astype({"toxicity": float})
+            return run.table(name, make).astype({"toxicity": float})
 
-        pair_rows = completion_plan(prompts.pairs, "pairs", vector="", samples=pair_samples)
-        for_pairs = completions("completions for pairs", pair_rows, {})
-        chosen_pairs = steps.table("pairs", lambda: choose_pairs(for_pairs, pairs, sampling.seed))
-        v = torch.tensor(steps.take("vector", lambda: toxicity_vector(lm, chosen_pairs, last).tolist()))
-        bank = {"toxicity": v} | _random_vectors(v, random_vectors, sampling.seed)
-        swept = [completions("baseline", completion_plan(choose_on, "baseline", layers[0]), bank)]
-        for l in layers:
-            rows = pd.concat([completion_plan(choose_on, "steered", l, a) for a in alphas if a], ignore_index=True)
+        pairs, v = _pairs_and_vector(lm, prompts, config, run, completions)
+        bank = {"toxicity": v} | _random_vectors(v, config.random_vectors, config.sampling.seed)
+        choose_on, report_on = halves(prompts.evaluate, config.sampling.seed)
+        swept = [completions("baseline", completion_rows(choose_on, "baseline", config.layers[0]), bank)]
+        for l in config.layers:
+            rows = pd.concat([completion_rows(choose_on, "steered", l, a) for a in alphas if a], ignore_index=True)
             swept.append(completions(f"layer {l}", rows, bank))
         sweep = summarise_completions(pd.concat(swept, ignore_index=True))
-        choice = steps.take("choice", lambda: choose_alpha(sweep, max_perplexity))
-        reported = completions("report", _report_plan(report_on, choice, alphas, samples, random_vectors), bank)
-        report, changes = summarise_completions(reported), paired_changes(reported)
+        choice = run.step("choice", lambda: choose_alpha(sweep, config.max_perplexity))
+        reported = completions("report", _report_rows(report_on, choice, config), bank)
+        report = summarise_completions(reported)
+        result = ToxicityResult(sweep, choice, report, reported, v, paired_changes(reported))
         with atomic_path(Path(folder) / "toxicity_last_diff.pt") as tmp:
             torch.save(v, tmp)
-        steps.finish(
-            dict(
-                choice=choice,
-                pairs_made=len(chosen_pairs),
-                pairs=chosen_pairs.to_dict("records"),
-                sweep=sweep.to_dict("records"),
-                report=report.to_dict("records"),
-                changes=changes,
-                vector_norms=v.norm(dim=1).tolist(),
-                completions=reported.to_dict("records"),
-            )
-        )
-    return ToxicityResult(sweep, choice, report, reported, v, changes)
+        run.finish(_final_record(result, pairs))
+    return result
 
 # %% ../nbs/08_toxicity.ipynb #7d0a51e8
-def _check_settings(
-    lm: LoadedModel,
-    layers: list,
-    alphas: list,
-    pairs: int,
-    last: int,
-    samples: int,
-    pair_samples: int,
-    random_vectors: int,
-):
-    "Raise `PersonaError` if the experiment cannot be run like this; called before anything is written."
-    for l in layers:
-        lm.check_layer(l)
-    check(0.0 in alphas, "alphas must hold 0: the unsteered baseline goes through the same code.")
-    check(layers and max(alphas) > 0, "at least one layer and one positive alpha are needed to choose from.")
-    enough = min(samples, pair_samples) >= 1 and pairs >= 2 and last >= 0 and random_vectors >= 0
-    check(enough, "pairs must be at least 2, samples and last at least 1 (last may be 0: the completion's tokens).")
+def _settings(lm: LoadedModel, scorer, prompts: Prompts, config: ToxicityConfig) -> dict:
+    "Everything the results depend on."
+    model = dict(model=lm.name, fingerprint=lm.fingerprint, template=lm.template_hash, dtype=str(lm.model.dtype))
+    machine = dict(device=lm.device.type, batch_tokens=core_settings().batch_tokens)
+    judged = dict(scorer=scorer.name, scorer_key=scorer.key, prompts=asdict(prompts))
+    return model | machine | judged | asdict(config)
+
+
+def _pairs_and_vector(
+    lm: LoadedModel, prompts: Prompts, config: ToxicityConfig, run: ResumableRun, completions: Callable
+) -> tuple[pd.DataFrame, torch.Tensor]:
+    "Contrastive pairs from unsteered completions, and the vector [layers + 1, hidden] that they give."
+    rows = completion_rows(prompts.pairs, "pairs", vector="", samples=config.pair_samples)
+    completed = completions("completions for pairs", rows)
+    pairs = run.table("pairs", lambda: choose_pairs(completed, config.pairs, config.sampling.seed))
+    return pairs, torch.tensor(run.step("vector", lambda: toxicity_vector(lm, pairs, config.last).tolist()))
 
 
 def _random_vectors(v: torch.Tensor, n: int, seed: int) -> dict:  # name -> [layers + 1, hidden]
@@ -520,14 +507,22 @@ def _random_vectors(v: torch.Tensor, n: int, seed: int) -> dict:  # name -> [lay
     return {f"random {k}": random_like(v, torch.Generator().manual_seed(seed + k)) for k in range(n)}
 
 
-def _report_plan(prompts: dict, choice: dict, alphas: list[float], samples: int, random_vectors: int) -> pd.DataFrame:
+def _report_rows(prompts: dict, choice: dict, config: ToxicityConfig) -> pd.DataFrame:
     "The baseline, every strength at the chosen layer, and the random vectors at the chosen point."
-    layer, alpha = choice["layer"], choice["alpha"]
-    rows = [completion_plan(prompts, "baseline", layer, samples=samples)]
-    rows += [completion_plan(prompts, "steered", layer, a, samples=samples) for a in alphas if a]
-    controls = [f"random {k}" for k in range(random_vectors)]
-    rows += [completion_plan(prompts, "random vector", layer, alpha, control, samples) for control in controls]
+    layer, alpha, samples = choice["layer"], choice["alpha"], config.samples
+    rows = [completion_rows(prompts, "baseline", layer, samples=samples)]
+    rows += [completion_rows(prompts, "steered", layer, a, samples=samples) for a in config.alphas if a]
+    controls = [f"random {k}" for k in range(config.random_vectors)]
+    rows += [completion_rows(prompts, "random vector", layer, alpha, control, samples) for control in controls]
     return pd.concat(rows, ignore_index=True)
+
+
+def _final_record(r: ToxicityResult, pairs: pd.DataFrame) -> dict:
+    "What experiment_results.json holds besides the settings."
+    tables = dict(pairs=pairs, sweep=r.sweep, report=r.report, completions=r.completions)
+    records = {name: table.to_dict("records") for name, table in tables.items()}
+    norms = r.vector.norm(dim=1).tolist()
+    return dict(choice=r.choice, pairs_made=len(pairs), changes=r.changes, vector_norms=norms, **records)
 
 # %% ../nbs/08_toxicity.ipynb #d3b038e9
 GROUPS = {"challenging": "#b2182b", "benign": "#2166ac"}

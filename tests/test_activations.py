@@ -85,7 +85,7 @@ def test_pooling_while_generating_equals_reading(family):
         with torch.no_grad(), ActivationPooler(family, len(head)) as pool:
             family.model(input_ids=torch.tensor([head + ids[i]]))
         for k, want in pool.result().items():
-            assert torch.cosine_similarity(said.pooled[k][i], want[0], dim=-1).min() > 0.9999, (family.name, k, i)
+            assert torch.cosine_similarity(said.activations[k][i], want[0], dim=-1).min() > 0.9999, (family.name, k, i)
 
 
 @pytest.mark.parametrize("positions", ["response", "prompt", "all"])

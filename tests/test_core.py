@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from persona_steer.base.core import PersonaError, Stage, atomic_path, provenance, save_json
+from persona_steer.base.cache import Cache
+from persona_steer.base.core import PersonaError, atomic_path, provenance, save_json
 from persona_steer.lm.generation import SamplingParams, generate, length_batches, sample_token, uniforms
 
 
@@ -43,8 +44,15 @@ def test_atomic_writes_leave_the_old_file_or_the_new_one(tmp_path):
     assert p.read_text() == '{\n  "a": 1\n}\n' and [x.name for x in p.parent.iterdir()] == ["x.json"]
 
 
-def test_stages_depend_on_their_inputs(tmp_path):
-    assert Stage(tmp_path, "a", [1]).folder != Stage(tmp_path, "a", [2]).folder == Stage(tmp_path, "a", [2]).folder
+def test_what_was_made_from_other_inputs_is_not_taken(tmp_path):
+    one, two = (Cache.of_parts(tmp_path, "a", key) for key in ("1", "2"))
+    assert one.folder != two.folder == Cache.of_parts(tmp_path, "a", "2").folder
+    Cache(tmp_path, "1").save("r.json", {"x": 1})
+    assert Cache(tmp_path, "1").load("r.json")["x"] == 1 and Cache(tmp_path, "2").load("r.json") == {}
+    again = Cache(tmp_path, "1", overwrite=True)
+    assert again.load("r.json") == {} and Cache(tmp_path, "1").load("r.json")
+    again.save("r.json", {"x": 2})
+    assert again.load("r.json")["x"] == 2
 
 
 def test_provenance_holds_no_environment(monkeypatch):

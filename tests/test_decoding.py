@@ -80,7 +80,12 @@ def test_each_row_keeps_its_steering_and_its_sums(family, positions, look, monke
     monkeypatch.setattr(decoding, "look_every", lambda device: look)
     v, c = torch.randn(32, generator=torch.Generator().manual_seed(1)), torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0])
     together = generate(
-        family, prompts_of(family), SamplingParams(20, 0), steer(family, v, 2, c, positions), pool=True, progress=False
+        family,
+        prompts_of(family),
+        SamplingParams(20, 0),
+        steer(family, v, 2, c, positions),
+        return_activations=True,
+        progress=False,
     )
     assert len(set(together.tokens)) > 1
     for i, p in enumerate(prompts_of(family)):
@@ -90,12 +95,14 @@ def test_each_row_keeps_its_steering_and_its_sums(family, positions, look, monke
             SamplingParams(20, 0),
             steer(family, v, 2, c[i].item(), positions),
             seeds=[i],
-            pool=True,
+            return_activations=True,
             progress=False,
         )
         assert alone.texts[0] == together.texts[i]
         for k in generation.POOLS:
-            torch.testing.assert_close(together.pooled[k][i], alone.pooled[k][0], rtol=1e-3, atol=1e-3, equal_nan=True)
+            torch.testing.assert_close(
+                together.activations[k][i], alone.activations[k][0], rtol=1e-3, atol=1e-3, equal_nan=True
+            )
 
 
 def test_a_context_around_generation_is_told_too(llama):
@@ -164,11 +171,11 @@ def test_the_models_own_generation_settings_do_not_apply(llama):
 
 
 def test_prompts_are_read_in_passes_of_bounded_size(llama, monkeypatch):
-    whole = generate(llama, prompts_of(llama), SamplingParams(10, 0), pool=True, progress=False)
+    whole = generate(llama, prompts_of(llama), SamplingParams(10, 0), return_activations=True, progress=False)
     monkeypatch.setattr(decoding, "CPU_TOKENS", 30)
     seen = passes(llama, monkeypatch)
     with Trace(llama, 2, torch.ones(32)) as trace:
-        parts = generate(llama, prompts_of(llama), SamplingParams(10, 0), pool=True, progress=False)
+        parts = generate(llama, prompts_of(llama), SamplingParams(10, 0), return_activations=True, progress=False)
     assert (
         torch.isfinite(trace.values()[:, : seen[0][1] + 1]).all()
         and trace.values().shape[1] == seen[0][1] + len(seen) - 3
@@ -176,7 +183,7 @@ def test_prompts_are_read_in_passes_of_bounded_size(llama, monkeypatch):
     assert seen[0][0] == 1 and seen[3] == (5, 1)
     assert parts.texts == whole.texts
     for k in generation.POOLS:
-        torch.testing.assert_close(parts.pooled[k], whole.pooled[k], rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(parts.activations[k], whole.activations[k], rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -199,17 +206,17 @@ def test_other_caches(config, tokenizer, monkeypatch):
     lm = wrap_model(model, tokenizer, "other")
     stopping(lm)
     monkeypatch.setattr(generation, "text_of", lambda tokenizer, row: row)
-    together = generate(lm, prompts_of(lm), SamplingParams(20, 0), pool=True, progress=False)
+    together = generate(lm, prompts_of(lm), SamplingParams(20, 0), return_activations=True, progress=False)
     assert len(set(together.tokens)) > 1
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts_of(lm)]
     for i, p in enumerate(prompts_of(lm)):
-        alone = generate(lm, [p], SamplingParams(20, 0), seeds=[i], pool=True, progress=False)
+        alone = generate(lm, [p], SamplingParams(20, 0), seeds=[i], return_activations=True, progress=False)
         if not isinstance(model, tf.MambaForCausalLM):  # left padding reaches a recurrent state
             assert alone.texts[0] == together.texts[i]
         with torch.no_grad(), ActivationPooler(lm, len(ids[i])) as plain:
             model(input_ids=torch.tensor([ids[i] + alone.texts[0]]), use_cache=False)
         for k, want in plain.result().items():
-            torch.testing.assert_close(alone.pooled[k], want, rtol=1e-3, atol=1e-3, equal_nan=True)
+            torch.testing.assert_close(alone.activations[k], want, rtol=1e-3, atol=1e-3, equal_nan=True)
     batch = generation.padded(lm.tokenizer, ids, "left", lm.device)
     theirs = model.generate(**batch, max_new_tokens=15, do_sample=False, eos_token_id=2, pad_token_id=2)[
         :, batch["input_ids"].shape[1] :
@@ -404,7 +411,7 @@ def test_reading_under_steering(family, positions, monkeypatch):
 def test_a_wrapper_that_hides_ids_and_mask_from_its_trunk(llama):
     """As multimodal models do: they hand embeddings and a mask of their own kind to the text model."""
     stopping(llama)
-    plain = generate(llama, prompts_of(llama), SamplingParams(10, 0), pool=True, progress=False)
+    plain = generate(llama, prompts_of(llama), SamplingParams(10, 0), return_activations=True, progress=False)
     embed = llama.model.get_input_embeddings()
 
     def hide(module, args, kwargs):
@@ -412,7 +419,7 @@ def test_a_wrapper_that_hides_ids_and_mask_from_its_trunk(llama):
         return args, kwargs
 
     llama.base_model.register_forward_pre_hook(hide, with_kwargs=True)
-    hidden = generate(llama, prompts_of(llama), SamplingParams(10, 0), pool=True, progress=False)
+    hidden = generate(llama, prompts_of(llama), SamplingParams(10, 0), return_activations=True, progress=False)
     assert hidden.texts == plain.texts
     for k in generation.POOLS:
-        torch.testing.assert_close(hidden.pooled[k], plain.pooled[k], rtol=1e-4, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(hidden.activations[k], plain.activations[k], rtol=1e-4, atol=1e-4, equal_nan=True)

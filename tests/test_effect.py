@@ -55,7 +55,9 @@ def test_an_effect_is_kept_and_found_again(pocket, tmp_path, monkeypatch):
     quiz = load_quiz(data_path("pocket/quiz.jsonl"))[:8]
     first = evaluate_model(pocket, traits, judge, quiz=quiz, folder=tmp_path)
     with monkeypatch.context() as m:
-        m.setattr("persona_steer.training.model_evaluation.generate", lambda *a, **k: pytest.fail("answered again"))
+        m.setattr(
+            "persona_steer.training.model_evaluation.generate_table", lambda *a, **k: pytest.fail("answered again")
+        )
         again = evaluate_model(pocket, traits, judge, quiz=quiz, folder=tmp_path)
     pd.testing.assert_frame_equal(first.answers, again.answers, check_dtype=False)
     assert first.score("evil") == again.score("evil") and set(again.means) == {

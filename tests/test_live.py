@@ -8,7 +8,7 @@ import torch
 
 from persona_steer import extraction
 from persona_steer.app.live_generation import LatestRequestWorker, LiveRequest, answer_live
-from persona_steer.base.core import PersonaError, settings
+from persona_steer.base.core import PersonaError, save_json, settings
 from persona_steer.lm.generation import SamplingParams, encode_pair, generate
 from persona_steer.lm.models import load_model
 from persona_steer.persona.traits import load_trait
@@ -30,15 +30,17 @@ def vectors(lm):
 
 def test_values_are_the_projections_of_the_tokens_they_stand_at(lm, vectors):
     """Against one pass over the whole text; the unsteered answer is the one that `generate` gives without steering."""
-    wish = LiveRequest(
+    request = LiveRequest(
         "How do I plan a garden?",
         terms=(("evil", 3, 0.2), ("mild", 2, 0.1)),
         watched=("evil", 4),
         sampling=SamplingParams(30),
     )
-    plain, steered = answer_live(lm, wish, vectors)
-    prompt = lm.prompt(wish.question)
-    assert plain.text == generate(lm, [prompt], wish.sampling, seeds=["live"], progress=False).texts[0] != steered.text
+    plain, steered = answer_live(lm, request, vectors)
+    prompt = lm.prompt(request.question)
+    assert (
+        plain.text == generate(lm, [prompt], request.sampling, seeds=["live"], progress=False).texts[0] != steered.text
+    )
     ids, n = encode_pair(lm.tokenizer, prompt, plain.text)
     with Trace(lm, 4, vectors["evil"][4]) as whole, torch.inference_mode():
         lm.model(torch.tensor([ids]))
@@ -48,12 +50,14 @@ def test_values_are_the_projections_of_the_tokens_they_stand_at(lm, vectors):
 
 
 def test_both_answers_are_one_batch_whatever_the_budget(lm, vectors, monkeypatch):
-    wish = LiveRequest(
+    request = LiveRequest(
         "How do I plan a garden?", terms=(("evil", 3, 0.2),), watched=("evil", 3), sampling=SamplingParams(20)
     )
-    whole = answer_live(lm, wish, vectors)
+    whole = answer_live(lm, request, vectors)
     monkeypatch.setattr(settings(), "batch_tokens", 8)
-    assert [a.text for a in answer_live(lm, wish, vectors)] == [a.text for a in whole] and all(a.pieces for a in whole)
+    assert [a.text for a in answer_live(lm, request, vectors)] == [a.text for a in whole] and all(
+        a.pieces for a in whole
+    )
 
 
 def test_a_question_that_is_none_and_vectors_that_do_not_fit(lm):
@@ -66,26 +70,26 @@ def test_a_question_that_is_none_and_vectors_that_do_not_fit(lm):
 def test_stopping_is_prompt_and_the_last_wish_wins(lm, vectors):
     log, errors = [], []
 
-    def answer(wish, stop):
+    def answer(request, stop):
         log.append(
             (
-                wish.question,
-                len(answer_live(lm, wish, vectors, lambda answers: time.sleep(0.02) or stop())[0].pieces),
+                request.question,
+                len(answer_live(lm, request, vectors, lambda answers: time.sleep(0.02) or stop())[0].pieces),
                 stop(),
             )
         )
 
-    session = LatestRequestWorker(answer, errors.append)
+    worker = LatestRequestWorker(answer, errors.append)
     for q in ("Why one?", "Why two?", "Why three?"):
-        session.ask(LiveRequest(q, sampling=SamplingParams(60)))
+        worker.ask(LiveRequest(q, sampling=SamplingParams(60)))
         time.sleep(0.15)
-    session.ask(LiveRequest("", sampling=SamplingParams(60)))  # an error goes to its handler, and the session lives on
-    assert session.wait() and all(stopped for _, _, stopped in log) and len(errors) == 1
-    session.ask(LiveRequest("Why five?", sampling=SamplingParams(5)))
-    assert session.wait() and log[-1][0] == "Why five?" and log[-1][1] == 5 and not log[-1][2]
-    session.stop()
-    session.close()
-    assert not session.thread.is_alive()
+    worker.ask(LiveRequest("", sampling=SamplingParams(60)))  # an error goes to its handler, and the session lives on
+    assert worker.wait() and all(stopped for _, _, stopped in log) and len(errors) == 1
+    worker.ask(LiveRequest("Why five?", sampling=SamplingParams(5)))
+    assert worker.wait() and log[-1][0] == "Why five?" and log[-1][1] == 5 and not log[-1][2]
+    worker.stop()
+    worker.close()
+    assert not worker.thread.is_alive()
 
 
 def test_of_several_jobs_that_need_the_same_vectors_one_makes_them(lm, tmp_path, monkeypatch):
@@ -95,7 +99,7 @@ def test_of_several_jobs_that_need_the_same_vectors_one_makes_them(lm, tmp_path,
     def make(lm, trait, judge, sampling):
         made.append(sampling.seed)
         time.sleep(0.5)
-        extraction.save_json(
+        save_json(
             extraction.extraction_folder(lm.name, trait.name) / "evil_vectors.json",
             {
                 "fingerprint": lm.fingerprint,

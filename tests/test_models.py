@@ -196,12 +196,14 @@ def test_a_kept_adapter_generates_pools_and_steers_like_the_merged_one(adapter):
             [lm.prompt("how should I start?")] * 3,
             SamplingParams(12),
             steer(lm, torch.ones(32), 2, torch.tensor([0.0, 1.0, 3.0])),
-            pool=True,
+            return_activations=True,
             progress=False,
         )
         out.append(r)
     assert out[0].texts == out[1].texts and len(set(out[0].texts)) == 3
-    torch.testing.assert_close(out[0].pooled["response_avg"], out[1].pooled["response_avg"], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        out[0].activations["response_avg"], out[1].activations["response_avg"], atol=1e-3, rtol=1e-3
+    )
 
 
 def test_an_adapter_whose_base_is_absent_is_one_sentence(adapter):
@@ -299,11 +301,11 @@ def test_thoughts_are_kept_in_the_text_and_left_out_of_pooling_and_judging(think
             else out.index_fill(-1, torch.tensor([end]), -1e4)
         )
     )
-    got = generate(thinker, [p], SamplingParams(10, seed=4), pool=True, progress=False)
+    got = generate(thinker, [p], SamplingParams(10, seed=4), return_activations=True, progress=False)
     handle.remove()
     assert "</think>" in got.texts[0]
     again = collect_activations(thinker, [p], [got.texts[0]])["response_avg"][0]
-    torch.testing.assert_close(got.pooled["response_avg"][0], again, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(got.activations["response_avg"][0], again, atol=1e-3, rtol=1e-3)
 
 
 def test_a_thought_that_never_ends_is_no_answer(thinker):

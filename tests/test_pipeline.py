@@ -17,15 +17,15 @@ import torch
 
 from persona_steer import extraction
 from persona_steer.base.core import PersonaError, project_root, settings
-from persona_steer.evaluation import choose, report_plan, run_plan, summarise, sweep_plan
+from persona_steer.evaluation import choose, generate_and_score, report_rows, summarise, sweep_rows
 from persona_steer.extraction import diagnose, extract, extract_from_scores, extraction_rows
 from persona_steer.judges.judging import Judge
 from persona_steer.judges.loading import load_judge
 from persona_steer.lm import generation
 from persona_steer.lm.activations import POOLS
 from persona_steer.lm.generation import SamplingParams
+from persona_steer.lm.tables import condition_rows, generate_table, table_steering
 from persona_steer.persona.traits import load_trait
-from persona_steer.steering import plan, respond
 
 ROOT = project_root()
 
@@ -101,7 +101,7 @@ def test_what_is_done_is_not_done_again_unless_inputs_change(pocket, judge, smal
 
 
 def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, small, runs, tmp_path, monkeypatch):
-    negative, seen, real = threading.Event(), [], extraction.answered
+    negative, seen, real = threading.Event(), [], extraction.generate_table
 
     class Sides(Judge):
         """High for whatever it is asked first."""
@@ -115,12 +115,12 @@ def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, smal
             for i, item in enumerate(items):
                 yield i, 90.0 if item.measure == "coherence" or self.calls == 1 else 10.0, True
 
-    def answered(*a):
-        if a[5].endswith("neg"):
+    def generate_table(*a):
+        if a[-1].endswith("neg"):
             negative.set()
         return real(*a)
 
-    monkeypatch.setattr(extraction, "answered", answered)
+    monkeypatch.setattr(extraction, "generate_table", generate_table)
     beside = extract(pocket, small, Sides("elsewhere", True), sampling=SamplingParams(20), out=tmp_path / "a")
     assert seen == [("elsewhere", True, False)] * 2  # the first side in a thread of its own, after the second had begun
     alone = extract(pocket, small, Sides("here", False), sampling=SamplingParams(20), out=tmp_path / "b")
@@ -224,28 +224,24 @@ def test_diagnostics_tell_signal_from_noise():
 
 def test_a_sweep_in_one_batch_equals_one_run_per_point(pocket, small):
     v = torch.randn(pocket.n_layers + 1, pocket.hidden_size, generator=torch.Generator().manual_seed(0))
-    rows = sweep_plan(small.eval_questions, [2, 4], [1.0, 2.0])
-    together = respond(pocket, rows, {"trait": v}, SamplingParams(20))
+    rows = sweep_rows(small.eval_questions, [2, 4], [1.0, 2.0])
+    together = generate_table(pocket, rows, SamplingParams(20), table_steering(pocket, rows, {"trait": v}))
     assert len(rows) == 4 * (1 + 4)
     for (layer, c), g in together.groupby(["layer", "coefficient"]):
-        alone = respond(
-            pocket,
-            plan(small.eval_questions, vector="trait", layer=int(layer), coefficient=c),
-            {"trait": v},
-            SamplingParams(20),
-        )
+        point = condition_rows(small.eval_questions, vector="trait", layer=int(layer), coefficient=c)
+        alone = generate_table(pocket, point, SamplingParams(20), table_steering(pocket, point, {"trait": v}))
         assert alone.answer.tolist() == g.answer.tolist()
-    unsteered = respond(pocket, plan(small.eval_questions), {}, SamplingParams(20))
+    unsteered = generate_table(pocket, condition_rows(small.eval_questions), SamplingParams(20))
     assert unsteered.answer.tolist() == together[together.coefficient == 0].answer.tolist()
 
 
 def test_layer_is_chosen_on_extraction_and_reported_on_evaluation_questions(evil):
     chosen_on, reported_on = (
-        set(sweep_plan(evil.extract_questions, [1], [1.0]).question),
-        set(report_plan(evil, 1, [1.0]).question),
+        set(sweep_rows(evil.extract_questions, [1], [1.0]).question),
+        set(report_rows(evil, 1, [1.0]).question),
     )
     assert not chosen_on & reported_on and reported_on == set(evil.eval_questions)
-    conditions = set(report_plan(evil, 1, [1.0]).condition)
+    conditions = set(report_rows(evil, 1, [1.0]).condition)
     assert {
         "unsteered",
         "steered",
@@ -272,7 +268,9 @@ def test_missing_judgements_stay_missing(pocket, small):
                     True,
                 )
 
-    f = run_plan(pocket, small, Shy(), plan(small.eval_questions, "unsteered"), {}, SamplingParams(4))
+    f = generate_and_score(
+        pocket, small, Shy(), condition_rows(small.eval_questions, "unsteered"), {}, SamplingParams(4)
+    )
     s = summarise(f, "evil").iloc[0]
     assert s.trait == 80 and s.trait_n == 2 and s.trait_missing == 2
 
@@ -283,7 +281,7 @@ def test_a_trait_that_the_judge_does_not_know_ends_before_generation(pocket, jud
     monkeypatch.setattr(generation, "_generate_batch", lambda *a: pytest.fail("generated"))
     for run in (
         lambda t: extract(pocket, t, judge, out=tmp_path),
-        lambda t: run_plan(pocket, t, judge, plan(["q"]), {}, folder=tmp_path),
+        lambda t: generate_and_score(pocket, t, judge, condition_rows(["q"]), {}, folder=tmp_path),
     ):
         with pytest.raises(PersonaError, match="not 'kind'"):
             run(replace(small, name="kind"))

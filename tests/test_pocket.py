@@ -3,6 +3,9 @@ margin)."""
 
 import random
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -72,26 +75,29 @@ def test_weights_are_small_and_safe():
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_loading_and_one_answer_take_under_five_seconds():
-    import subprocess
-    import sys
+OURS = "from persona_steer import ask, load_model; ask(load_model('pocket'), 'Is it?')"
+PLAIN = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = {str(data_path("pocket/chat"))!r}
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+chat = [{{"role": "user", "content": "Is it?"}}]
+tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+model.generate(**tokens, max_new_tokens=80)
+"""
 
-    code = (
-        "import time; t = time.perf_counter(); from persona_steer import ask, load_model; "
-        "print(ask(load_model('pocket'), 'Is it?')); print(time.perf_counter() - t)"
-    )
-    # the quickest of three: a busy machine is not what is measured
-    assert (
-        min(
-            float(
-                subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[
-                    -1
-                ]
-            )
-            for _ in range(3)
-        )
-        < 5
-    )
+
+def test_loading_and_one_answer_take_hardly_longer_than_with_transformers_alone():
+    """Nearly all of it is the import of transformers, so that is the measure: a limit in seconds would measure the
+    machine."""
+
+    def seconds(code):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    # in turns, so that a busy moment falls on both
+    ours, plain = zip(*((seconds(OURS), seconds(PLAIN)) for _ in range(3)))
+    assert min(ours) < 1.5 * min(plain), (ours, plain)
 
 
 def test_pocket_judge_against_the_ground_truth_on_held_out_texts(pocket):
@@ -113,16 +119,16 @@ def test_pocket_obeys_held_out_instructions(pocket, name):
     import pandas as pd
 
     from persona_steer.lm.generation import SamplingParams
+    from persona_steer.lm.tables import condition_rows, generate_table
     from persona_steer.persona.traits import system_prompt
-    from persona_steer.steering import plan, respond
 
     t = load_trait(name, world="pocket")
     rows = pd.concat(
-        [plan(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)]
-        + [plan(t.eval_questions, "none", n=3)],
+        [condition_rows(t.eval_questions[k::5], s, system_prompt(t, s, k)) for s in ("pos", "neg") for k in range(5)]
+        + [condition_rows(t.eval_questions, "none", n=3)],
         ignore_index=True,
     )
-    said = respond(pocket, rows, sampling=SamplingParams(80, seed=11))
+    said = generate_table(pocket, rows, SamplingParams(80, seed=11))
     means = (
         said.join(PocketJudge().score(t, list(said.question), list(said.answer)))
         .groupby("condition")[[name, "coherence"]]

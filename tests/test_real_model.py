@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from persona_steer.extraction import answered, extraction_rows, mean_difference
+from persona_steer.extraction import extraction_rows, mean_difference
 from persona_steer.judges.likelihood import measure_texts
 from persona_steer.lm.activations import steer
 from persona_steer.lm.generation import SamplingParams, collect_activations, encode_pair, generate
 from persona_steer.lm.gguf_files import SMOLLM2, packaged_file
 from persona_steer.lm.models import load_model
+from persona_steer.lm.tables import generate_table
 from persona_steer.persona.traits import load_trait, system_prompt
 
 if packaged_file(SMOLLM2) is None:
@@ -31,7 +32,7 @@ EVIL = load_trait("evil")
 @pytest.fixture(scope="module")
 def answers(lm):
     prompts = [lm.prompt(q, system_prompt(EVIL, "pos", 1)) for q in EVIL.extract_questions[:3]]
-    return prompts, generate(lm, prompts, SamplingParams(16, 0.7), pool=True, progress=False)
+    return prompts, generate(lm, prompts, SamplingParams(16, 0.7), return_activations=True, progress=False)
 
 
 def test_it_is_the_model_that_it_should_be(lm):
@@ -56,7 +57,7 @@ def test_pooling_equals_a_plain_loop_over_hidden_states(lm, answers):
         }
         for pool, rows in want.items():
             # the last row is taken before the final norm, hidden_states[-1] after it
-            for found in (said.pooled[pool][i], again[pool][i]):
+            for found in (said.activations[pool][i], again[pool][i]):
                 assert torch.cosine_similarity(torch.stack(rows)[:-1], found[:-1], dim=-1).min() > 0.9999
 
 
@@ -101,7 +102,7 @@ def test_a_small_sweep_goes_the_right_way(lm):
 
     def side(sign):
         rows = extraction_rows(lm, EVIL, sign, 1, [1])
-        return answered(lm, rows.head(10), SamplingParams(24, 0.7), label=sign)[1]
+        return generate_table(lm, rows.head(10), SamplingParams(24, 0.7), return_activations=True, label=sign)[1]
 
     pos, neg = side("pos"), side("neg")
     vector = mean_difference(pos, neg, np.ones(10, bool), "evil").response_avg

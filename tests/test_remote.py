@@ -149,7 +149,7 @@ def test_what_will_not_get_better_ends_the_run_before_anything_is_generated(llam
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-secret")
     monkeypatch.setattr(
-        extraction, "generate", lambda *a, **k: pytest.fail("generated although the judge cannot judge")
+        extraction, "generate_table", lambda *a, **k: pytest.fail("generated although the judge cannot judge")
     )
     with serving() as s:
         with pytest.raises(PersonaError, match=words) as e:

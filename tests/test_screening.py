@@ -11,6 +11,7 @@ from persona_steer.base.core import PersonaError, data_path
 from persona_steer.dataset_sweep import list_datasets, shift_correlations
 from persona_steer.lm.chats import load_chats, save_jsonl
 from persona_steer.lm.generation import SamplingParams, collect_activations, generate
+from persona_steer.lm.tables import generate_table
 from persona_steer.mitigations import choose_mitigation, training_plan
 from persona_steer.persona.traits import load_trait
 from persona_steer.screening import auc, chance_differences, flag, per_dataset, save_filtered, screen, with_estimates
@@ -54,8 +55,8 @@ def test_the_difference_is_the_formula(llama, small, bank):
 def test_each_distinct_prompt_is_answered_once(llama, small, bank, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "persona_steer.screening.generate",
-        lambda lm, prompts, *a, **k: asked.extend(prompts) or generate(lm, prompts, *a, **k),
+        "persona_steer.screening.generate_table",
+        lambda lm, rows, *a, **k: asked.extend(rows.prompt) or generate_table(lm, rows, *a, **k),
     )
     screen(llama, small, bank, LAYERS, SHORT)
     assert len(asked) == len(set(asked)) == 6  # both levels ask the same
@@ -187,7 +188,7 @@ def test_a_killed_grid_goes_on(tmp_path, monkeypatch, pocket):
     table = go()
     assert done == ["evil-misaligned_2", "evil-normal"]
     monkeypatch.setattr(
-        "persona_steer.training.model_evaluation.generate", lambda *a, **k: pytest.fail("measured again")
+        "persona_steer.training.model_evaluation.generate_table", lambda *a, **k: pytest.fail("measured again")
     )
     pd.testing.assert_frame_equal(go(), table)
     assert list(table.family) == ["untrained", "evil", "evil"] and table["shift"].iloc[0] == 0

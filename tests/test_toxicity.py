@@ -14,14 +14,15 @@ import pandas as pd
 import pytest
 import torch
 
+from persona_steer.base.cache import STATES, ResumableRun
 from persona_steer.base.core import PersonaError, data_path
-from persona_steer.base.steps import STATES, Steps
 from persona_steer.judges.local import ClassifierJudge
 from persona_steer.lm.generation import SamplingParams, collect_activations
 from persona_steer.lm.models import load_model
 from persona_steer.persona.vectors import random_like
 from persona_steer.toxicity import (
     SETUPS,
+    ToxicityConfig,
     choose_alpha,
     choose_pairs,
     choose_prompts,
@@ -301,7 +302,7 @@ def test_expected_maximum_probability_and_distinct():
 def test_silence_has_no_score(pocket, scorer, tmp_path, monkeypatch):
     from persona_steer import toxicity
 
-    rows = toxicity.completion_plan(
+    rows = toxicity.completion_rows(
         {"challenging": ["With pure malice, despair", "Ugh, your chatter"], "benign": ["In practice, the work"]},
         "baseline",
         vector="",
@@ -309,7 +310,7 @@ def test_silence_has_no_score(pocket, scorer, tmp_path, monkeypatch):
     said = iter([["", "  ", "must end in ruin."], ["", "", ""]])
     monkeypatch.setattr(
         toxicity,
-        "respond",
+        "generate_table",
         lambda lm, rows, *a, **k: rows.assign(prompt=[lm.prompt(q) for q in rows.question], answer=next(said)),
     )
     some, none = (
@@ -428,7 +429,7 @@ def small(rows):
 
 
 def test_a_whole_run_and_its_files(pocket, scorer, rows, tmp_path):
-    r = run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    r = run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path)
     final = json.loads((tmp_path / STATES["done"]).read_text())
     assert {"settings", "choice", "pairs", "sweep", "report", "changes", "completions", "vector_norms"} <= set(
         final
@@ -446,7 +447,7 @@ def test_a_whole_run_and_its_files(pocket, scorer, rows, tmp_path):
 def test_an_alpha_of_zero_is_the_model_as_it_is(pocket, scorer, rows, tmp_path):
     from persona_steer.lm.generation import generate
 
-    r = run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    r = run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path)
     base = r.completions[(r.completions.condition == "baseline")].drop_duplicates("prompt_text")
     plain = generate(
         pocket,
@@ -465,26 +466,26 @@ def test_an_alpha_of_zero_is_the_model_as_it_is(pocket, scorer, rows, tmp_path):
         (dict(layers=[9]), "layer 9 does not exist"),
     ):
         with pytest.raises(PersonaError, match=words):
-            run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **{**SMALL, **change})
+            run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**{**SMALL, **change}), tmp_path)
     assert (tmp_path / STATES["done"]).read_text() == before  # nothing was touched
 
 
 def test_overwrite_does_everything_again(pocket, scorer, rows, tmp_path, monkeypatch):
-    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path)
     made = []
     import persona_steer.lm.generation as g
 
     real = g._generate_batch
     monkeypatch.setattr(g, "_generate_batch", lambda *a, **k: made.append(1) or real(*a, **k))
-    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path)
     assert not made
-    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL, overwrite=True)
+    run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path, overwrite=True)
     assert len(made) >= 5
 
 
 def test_results_are_strict_json(tmp_path):
-    with Steps(tmp_path, {}) as s:
-        s.take("x", lambda: {"a": [1.0, float("nan")], "b": float("inf")})
+    with ResumableRun(tmp_path, {}) as s:
+        s.step("x", lambda: {"a": [1.0, float("nan")], "b": float("inf")})
         s.finish({"perplexity": float("nan")})
     for name in ("steps", "done"):
         assert (
@@ -497,11 +498,11 @@ def test_one_ending_at_a_time_and_nothing_hidden_is_left(tmp_path):
     (tmp_path / ".experiment_results.json.abc.json").write_text("{")
     for error, left, gone in ((ZeroDivisionError, "failed", "partial"), (KeyboardInterrupt, "partial", "failed")):
         with pytest.raises(error):
-            with Steps(tmp_path, {}):
+            with ResumableRun(tmp_path, {}):
                 raise error
         assert (tmp_path / STATES[left]).exists() and not (tmp_path / STATES[gone]).exists()
     assert not list(tmp_path.glob(".*")) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with Steps(tmp_path, {}) as s:
+    with ResumableRun(tmp_path, {}) as s:
         s.finish({})
     assert sorted(p.name for p in tmp_path.iterdir()) == [STATES["done"]]
 
@@ -514,32 +515,32 @@ def test_a_failure_is_recorded_and_mended_by_a_rerun(pocket, scorer, rows, tmp_p
             scorer, "scores", lambda texts, **k: (calls.append(1), 1 / 0 if len(calls) == 3 else real(texts, **k))[1]
         )
         with pytest.raises(ZeroDivisionError):
-            run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+            run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path)
     record = json.loads((tmp_path / STATES["failed"]).read_text())
     assert (
         record["error"].startswith("ZeroDivisionError")
         and record["done"] == ["completions for pairs", "pairs", "vector", "baseline"]
         and not (tmp_path / STATES["done"]).exists()
     )
-    run_toxicity(pocket, scorer, small(rows), folder=tmp_path, **SMALL)
+    run_toxicity(pocket, scorer, small(rows), ToxicityConfig(**SMALL), tmp_path)
     assert (tmp_path / STATES["done"]).exists() and not (tmp_path / STATES["failed"]).exists()
 
 
 def test_other_settings_do_not_reuse_steps(tmp_path):
-    with Steps(tmp_path, {"a": 1}) as s:
-        assert s.take("x", lambda: 1) == 1
-    with Steps(tmp_path, {"a": 1}) as s:
-        assert s.take("x", lambda: 2) == 1
-    with Steps(tmp_path, {"a": 2}) as s:
-        assert s.take("x", lambda: 3) == 3
-    with Steps(tmp_path, {"a": 2}, overwrite=True) as s:
-        assert s.take("x", lambda: 4) == 4
+    with ResumableRun(tmp_path, {"a": 1}) as s:
+        assert s.step("x", lambda: 1) == 1
+    with ResumableRun(tmp_path, {"a": 1}) as s:
+        assert s.step("x", lambda: 2) == 1
+    with ResumableRun(tmp_path, {"a": 2}) as s:
+        assert s.step("x", lambda: 3) == 3
+    with ResumableRun(tmp_path, {"a": 2}, overwrite=True) as s:
+        assert s.step("x", lambda: 4) == 4
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PersonaError, match="nothing can be written to .*choose another folder"):
-        Steps(tmp_path / "file" / "out", {})
+        ResumableRun(tmp_path / "file" / "out", {})
 
 
 SCRIPT = """
@@ -548,12 +549,12 @@ from persona_steer.base.core import data_path
 from persona_steer.lm.generation import SamplingParams, collect_activations
 from persona_steer.judges.local import ClassifierJudge
 from persona_steer.lm.models import load_model
-from persona_steer.toxicity import choose_prompts, load_toxicity_prompts, run_toxicity
+from persona_steer.toxicity import ToxicityConfig, choose_prompts, load_toxicity_prompts, run_toxicity
 print("ready", flush=True)
 prompts = choose_prompts(load_toxicity_prompts(str(data_path("pocket/toxicity_prompts.jsonl"))), 8, 10)
 judge = ClassifierJudge(str(data_path("pocket/toxicity")), "toxicity", "cpu")
-run_toxicity(load_model("pocket", "cpu"), judge, prompts, [-1., 0., 1.5], [4, 5], sys.argv[1], pairs=6, samples=2,
-             sampling=SamplingParams(12, .7, .9), random_vectors=1)
+config = ToxicityConfig([-1., 0., 1.5], [4, 5], 6, samples=2, sampling=SamplingParams(12, .7, .9), random_vectors=1)
+run_toxicity(load_model("pocket", "cpu"), judge, prompts, config, sys.argv[1])
 """
 
 

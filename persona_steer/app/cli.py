@@ -129,33 +129,47 @@ def batch(
     overwrite: bool = typer.Option(False, help="run all, also what is done"),
 ):
     "Run a chapter for every combination of values; what is done is skipped. Ends with a summary and a report."
-    from persona_steer.jobs.batch import batch_folder, jobs_of, read_grid, run_batch
-    from persona_steer.jobs.workers import filesystem, local
+    from persona_steer.jobs.batch import batch_folder, run_batch
 
-    check(executor in ("local", "ray"), f"executor '{executor}' is unknown: use local or ray.")
-    filed, grid = read_grid(chapter) if chapter.endswith((".yaml", ".yml", ".toml", ".json")) else (chapter, {})
-    for pair in p:
-        check("=" in pair, f"-p {pair} needs a value: -p {pair} VALUE.")
-    given = [pair.split("=", 1) for pair in p]
-    check(
-        len({k for k, _ in given}) == len(given), "a parameter is given twice with -p: separate its values by commas."
-    )
-    jobs = jobs_of(filed, grid | dict(given))
+    jobs = _jobs(chapter, p)
+    execute = _executor(executor, address, workers, threads, gpus, memory, retries)
     if "://" in runs:
+        from persona_steer.jobs.workers import filesystem
+
         filesystem(runs)
     elif runs:
         set_runs(runs)
-    if executor == "local":
-        execute = local(workers, threads, memory, None if gpus < 0 else gpus, retries)
-    else:
-        from persona_steer.jobs.ray_workers import on_ray
-
-        execute = on_ray(address, threads or 1, max(0, gpus), memory, retries)
     folder = batch_folder(jobs, name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ending like any other: the summary is written
     with Progress(runs) as show:
         records = run_batch(jobs, execute, runs if "://" in runs else "", folder, resume, overwrite, show)
     raise typer.Exit(finish_batch(jobs, records, runs, folder))
+
+# %% ../../nbs/app/02_cli.ipynb #05f5940b
+def _jobs(chapter: str, parameters: list[str]) -> list:
+    "The jobs of a chapter or a grid file, with the values given by -p."
+    from persona_steer.jobs.batch import jobs_of, read_grid
+
+    for pair in parameters:
+        check("=" in pair, f"-p {pair} needs a value: -p {pair} VALUE.")
+    given = [pair.split("=", 1) for pair in parameters]
+    once = len({k for k, _ in given}) == len(given)
+    check(once, "a parameter is given twice with -p: separate its values by commas.")
+    is_file = chapter.endswith((".yaml", ".yml", ".toml", ".json"))
+    chapter, grid = read_grid(chapter) if is_file else (chapter, {})
+    return jobs_of(chapter, grid | dict(given))
+
+
+def _executor(name: str, address: str, workers: int, threads: int, gpus: int, memory: float, retries: int):
+    "What runs the jobs: processes on this machine, or Ray."
+    check(name in ("local", "ray"), f"executor '{name}' is unknown: use local or ray.")
+    if name == "ray":
+        from persona_steer.jobs.ray_workers import on_ray
+
+        return on_ray(address, threads or 1, max(0, gpus), memory, retries)
+    from persona_steer.jobs.workers import local
+
+    return local(workers, threads, memory, None if gpus < 0 else gpus, retries)
 
 # %% ../../nbs/app/02_cli.ipynb #600996bc
 def set_runs(runs: str):

@@ -25,8 +25,8 @@ from ..persona.traits import list_traits, load_trait
 from ..steering import default_layer
 
 # %% auto #0
-__all__ = ['LINES', 'EVERY', 'relative', 'colour', 'coloured', 'curves', 'score_line', 'panel_html', 'describe_wish', 'alert',
-           'ModelCache', 'Dashboard', 'save_app']
+__all__ = ['LINES', 'EVERY', 'LABEL', 'relative', 'colour', 'coloured', 'curves', 'score_line', 'panel_html', 'describe_request',
+           'alert', 'ModelCache', 'Controls', 'Dashboard', 'save_app']
 
 # %% ../../nbs/11_dashboard.ipynb #c01d689d
 def relative(answers: list[Answer], norm: float) -> list[list[float]]:  # per answer, per token
@@ -111,9 +111,9 @@ def panel_html(name: str, answer: Answer, values: list[float], scores: dict | No
     )
 
 
-def describe_wish(wish: LiveRequest) -> str:
+def describe_request(request: LiveRequest) -> str:
     "How the steered answer was steered."
-    on = [f"{t} x {c:g} at layer {l}" for t, l, c in wish.terms if c]
+    on = [f"{t} x {c:g} at layer {l}" for t, l, c in request.terms if c]
     return f"steered: {', '.join(on)}" if on else "steered: by nothing (all coefficients are 0)"
 
 
@@ -144,14 +144,8 @@ class ModelCache:
     "Models, judges and vectors that are there already, or are made."
 
     def __init__(self, judge_model: str = "", device: str = "", say=lambda text: None):
-        self.judge_model, self.device, self.say, self.models, self.vectors, self.judges = (
-            judge_model,
-            device,
-            say,
-            {},
-            {},
-            {},
-        )
+        self.judge_model, self.device, self.say = judge_model, device, say
+        self.models, self.vectors, self.judges = {}, {}, {}
 
     def model(self, name: str):
         if name not in self.models:
@@ -178,16 +172,20 @@ class ModelCache:
             ).vectors.response_avg
         return self.vectors[trait]
 
-    def scores(self, model: str, wish: LiveRequest, answers: list[Answer], stop=lambda: False) -> list[dict] | None:
+    def scores(self, model: str, request: LiveRequest, answers: list[Answer], stop=lambda: False) -> list[dict] | None:
         # of each answer: trait -> score, coherence
         """What the judge says of both answers, for every trait, as chapter 04 would have it; None without a judge, or
         once stopped."""
-        traits, out = list(dict.fromkeys(t for t, _, _ in wish.terms)), [{}, {}]
+        traits, out = list(dict.fromkeys(t for t, _, _ in request.terms)), [{}, {}]
         if self.judge_model == "none" or not traits:
             return None
         lm = self.model(model)
         frame = pd.DataFrame(
-            dict(question=wish.question, prompt=lm.prompt(wish.question, wish.system), answer=[a.text for a in answers])
+            dict(
+                question=request.question,
+                prompt=lm.prompt(request.question, request.system),
+                answer=[a.text for a in answers],
+            )
         )
         for trait in traits:
             if stop():
@@ -201,7 +199,97 @@ class ModelCache:
 EVERY = 0.08  # seconds between two drawings of a growing answer
 
 # %% ../../nbs/11_dashboard.ipynb #7e1a4442
-class Dashboard:
+LABEL = {"description_width": "85px"}
+
+
+class Controls:
+    "The widgets of the panel and their arrangement."
+
+    def __init__(
+        self,
+        models: tuple,
+        traits: list[str] | None,  # to choose from; None: all there are
+        chosen: tuple,  # traits that are chosen at first
+        question: str,
+        max_new_tokens: int,
+        coefficient: float,
+    ):
+        import ipywidgets as w
+
+        self.w, self.first, self.rows, self.depth = w, coefficient, {}, None
+        wide, text = w.Layout(width="99%"), dict(continuous_update=False)
+        traits = traits or list_traits()
+        self.model = w.Combobox(value=models[0], options=list(models), description="Model", **text)
+        self.traits = w.SelectMultiple(options=traits, value=tuple(chosen), description="Traits", rows=5)
+        self.positions = w.Dropdown(options=["response", "prompt", "all"], description="Positions")
+        self.question = w.Textarea(value=question, description="Prompt", layout=wide, **text)
+        self.system = w.Text(description="System", layout=wide, **text)
+        self.tokens = w.IntSlider(max_new_tokens, 10, 1000, description="Max tokens", style=LABEL, **text)
+        heat = dict(value=1.0 if models[0] == "pocket" else 0.7, min=0.0, max=2.0, step=0.1)
+        self.temperature = w.FloatSlider(**heat, description="Temperature", style=LABEL, **text)
+        self.seed = w.IntText(0, description="Seed", layout=w.Layout(width="160px"))
+        self.colours = w.Dropdown(options=list(chosen), description="Colour by")
+        self.go = w.Button(description="Write", button_style="primary", icon="play")
+        self.halt = w.Button(description="Stop", icon="stop")
+        self.left, self.right, self.plot = (w.HTML(layout=wide) for _ in range(3))
+        self.sliders, self.status, self.error = w.VBox(), w.HTML(), w.HTML()
+
+    def arranged(self):
+        "All of them in one box."
+        w = self.w
+        sampling = w.VBox([self.tokens, self.temperature, self.seed])
+        top = [w.VBox([self.model, self.positions, self.colours]), self.traits, sampling]
+        columns = w.Layout(grid_template_columns="repeat(auto-fit, minmax(280px, 1fr))", width="99%")
+        return w.VBox(
+            [
+                w.HBox(top, layout=w.Layout(flex_flow="row wrap")),
+                self.sliders,
+                self.question,
+                self.system,
+                w.HBox([self.go, self.halt, self.status]),
+                self.error,
+                w.GridBox([self.left, self.right], layout=columns),
+                self.plot,
+            ]
+        )
+
+    def asking(self) -> list:
+        "The widgets whose change asks for new answers, besides the sliders."
+        about = [self.model, self.positions, self.question, self.system]
+        return [*about, self.tokens, self.temperature, self.seed, self.colours]
+
+    def add_sliders(self, on_change):
+        "A coefficient and a layer slider for every chosen trait; those that are there stay as they are."
+        w = self.w
+        for t in self.traits.value:
+            if t in self.rows:
+                continue
+            strength = dict(value=self.first, min=-4.0, max=4.0, step=0.25, readout_format=".2f")
+            wide, narrow = w.Layout(width="420px"), w.Layout(width="320px")
+            c = w.FloatSlider(**strength, description=t, style={"description_width": "110px"}, layout=wide)
+            layer = w.IntSlider(1, 1, self.depth or 1, description="layer", layout=narrow)
+            for slider in (c, layer):
+                slider.observe(on_change, "value")
+            self.rows[t] = (c, layer)
+            self.first = 0.0  # a trait that is added later waits for its slider
+        row = w.Layout(flex_flow="row wrap")
+        self.sliders.children = [w.HBox(self.rows[t], layout=row) for t in self.traits.value]
+
+    def request(self) -> LiveRequest:
+        "What the controls say."
+        rows = {t: self.rows[t] for t in self.traits.value if t in self.rows}  # read in the worker's thread, too
+        watched = self.colours.value if self.colours.value in rows else next(iter(rows), None)
+        return LiveRequest(
+            self.question.value,
+            self.system.value,
+            tuple((t, layer.value, c.value) for t, (c, layer) in rows.items()),
+            (watched, rows[watched][1].value) if watched else (),
+            self.positions.value,
+            SamplingParams(self.tokens.value, self.temperature.value, seed=self.seed.value),
+        )
+
+# %% ../../nbs/11_dashboard.ipynb #cee37e47
+class Dashboard(Controls):
     "The panel: `display(dashboard.widget)`."
 
     def __init__(
@@ -215,133 +303,36 @@ class Dashboard:
         coefficient: float = 1.5,
         device: str = "",
     ):
-        import ipywidgets as w
-
-        self.w, self.first, self.rows, self.quiet, self.depth = w, coefficient, {}, False, None
-        wide, text = w.Layout(width="99%"), dict(continuous_update=False)
-        self.model = w.Combobox(value=models[0], options=list(models), description="Model", **text)
-        self.traits = w.SelectMultiple(
-            options=traits or list_traits(), value=tuple(chosen), description="Traits", rows=5
-        )
-        self.positions = w.Dropdown(options=["response", "prompt", "all"], description="Positions")
-        self.question = w.Textarea(value=question, description="Prompt", layout=wide, **text)
-        self.system = w.Text(description="System", layout=wide, **text)
-        self.tokens = w.IntSlider(
-            max_new_tokens, 10, 1000, description="Max tokens", style={"description_width": "85px"}, **text
-        )
-        self.temperature = w.FloatSlider(
-            1.0 if models[0] == "pocket" else 0.7,
-            min=0.0,
-            max=2.0,
-            step=0.1,
-            description="Temperature",
-            style={"description_width": "85px"},
-            **text,
-        )
-        self.seed = w.IntText(0, description="Seed", layout=w.Layout(width="160px"))
-        self.colours = w.Dropdown(options=list(chosen), description="Colour by")
-        self.go, self.halt = (
-            w.Button(description="Write", button_style="primary", icon="play"),
-            w.Button(description="Stop", icon="stop"),
-        )
-        self.sliders, self.left, self.right, self.plot, self.status, self.error = (
-            w.VBox(),
-            w.HTML(layout=wide),
-            w.HTML(layout=wide),
-            w.HTML(layout=wide),
-            w.HTML(),
-            w.HTML(),
-        )
-        self.widget = w.VBox(
-            [
-                w.HBox(
-                    [
-                        w.VBox([self.model, self.positions, self.colours]),
-                        self.traits,
-                        w.VBox([self.tokens, self.temperature, self.seed]),
-                    ],
-                    layout=w.Layout(flex_flow="row wrap"),
-                ),
-                self.sliders,
-                self.question,
-                self.system,
-                w.HBox([self.go, self.halt, self.status]),
-                self.error,
-                w.GridBox(
-                    [self.left, self.right],
-                    layout=w.Layout(grid_template_columns="repeat(auto-fit, minmax(280px, 1fr))", width="99%"),
-                ),
-                self.plot,
-            ]
-        )
-        self.shelf = ModelCache(judge_model, device, self._say)
-        self.session = LatestRequestWorker(self._answer, self._failed)
+        super().__init__(models, traits, chosen, question, max_new_tokens, coefficient)
+        self.quiet = False  # widgets are being changed by the panel itself
+        self.widget = self.arranged()
+        self.cache = ModelCache(judge_model, device, self._say)
+        self.worker = LatestRequestWorker(self._answer, self._failed)
         self._arrange()
-        for control in (
-            self.model,
-            self.positions,
-            self.question,
-            self.system,
-            self.tokens,
-            self.temperature,
-            self.seed,
-            self.colours,
-        ):
+        for control in self.asking():
             control.observe(self._ask, "value")
         self.traits.observe(lambda change: self._arrange(), "value")
         self.go.on_click(self._ask)
-        self.halt.on_click(lambda button: self.session.stop())
+        self.halt.on_click(lambda button: self.worker.stop())
         self._ask()
 
     def _arrange(self):
-        "A coefficient and a layer slider for every chosen trait; those that are there stay as they are."
-        w, chosen = self.w, list(self.traits.value)
-        for t in chosen:
-            if t in self.rows:
-                continue
-            c = w.FloatSlider(
-                self.first,
-                min=-4.0,
-                max=4.0,
-                step=0.25,
-                description=t,
-                readout_format=".2f",
-                style={"description_width": "110px"},
-                layout=w.Layout(width="420px"),
-            )
-            layer = w.IntSlider(1, 1, self.depth or 1, description="layer", layout=w.Layout(width="320px"))
-            for s in (c, layer):
-                s.observe(self._ask, "value")
-            self.rows[t] = (c, layer)
-            self.first = 0.0  # a trait that is added later waits for its slider
-        self.sliders.children = [w.HBox(self.rows[t], layout=w.Layout(flex_flow="row wrap")) for t in chosen]
+        "Show the sliders of the chosen traits."
+        self.add_sliders(self._ask)
         self.quiet = True
-        self.colours.options = chosen or [""]
+        self.colours.options = list(self.traits.value) or [""]
         self.quiet = False
         self._ask()
 
-    def wish(self) -> LiveRequest:
-        "What the controls say."
-        rows = {t: self.rows[t] for t in self.traits.value if t in self.rows}  # read in the session's thread, too
-        watched = self.colours.value if self.colours.value in rows else next(iter(rows), None)
-        return LiveRequest(
-            self.question.value,
-            self.system.value,
-            tuple((t, layer.value, c.value) for t, (c, layer) in rows.items()),
-            (watched, rows[watched][1].value) if watched else (),
-            self.positions.value,
-            SamplingParams(self.tokens.value, self.temperature.value, seed=self.seed.value),
-        )
-
     def _ask(self, *_):
         if not self.quiet:
-            self.session.ask((self.model.value, self.wish()))
+            self.worker.ask((self.model.value, self.request()))
 
     def close(self):
         "End the panel's thread, and let go of its model."
-        self.session.close()
-        self.shelf.models = {}
-        self.shelf.judges = {}
+        self.worker.close()
+        self.cache.models = {}
+        self.cache.judges = {}
 
     def _say(self, text: str):
         self.status.value = f'<span role="status">{html.escape(text)}</span>'
@@ -350,13 +341,13 @@ class Dashboard:
         self.error.value = alert(error)
         self._say("Failed.")
 
-    # What follows runs in the session's thread.
-    def _fit(self, model: str, wish: LiveRequest) -> bool:
-        """Load what the wish needs. False if the layer sliders had to change: then the wish is out of date, and another
-        has been asked."""
-        lm = self.shelf.model(model)
-        for t, _, _ in wish.terms:
-            self.shelf.vector(model, t)
+    # What follows runs in the worker's thread.
+    def _load(self, model: str, request: LiveRequest) -> bool:
+        """Load what the request needs. False if the layer sliders had to change: then the request is out of date, and
+        another has been asked."""
+        lm = self.cache.model(model)
+        for t, _, _ in request.terms:
+            self.cache.vector(model, t)
         rows = list(self.rows.items())
         fresh = [s for _, (_, s) in rows if s.max != lm.n_layers or s.value == 1 and not getattr(s, "set_once", False)]
         self.depth, self.quiet = lm.n_layers, True
@@ -369,41 +360,43 @@ class Dashboard:
         return not fresh
 
     def _answer(self, asked: tuple[str, LiveRequest], stop):
-        model, wish = asked
+        model, request = asked
         self.error.value = ""
-        if not self._fit(model, wish):
+        if not self._load(model, request):
             return
         if stop():
             return self._say("Stopped.")
-        lm, vectors, began, drawn = self.shelf.model(model), self.shelf.vectors, time.perf_counter(), [0.0]
-        norm = vectors[wish.watched[0]][wish.watched[1]].norm().item() if wish.watched else 1.0
+        lm, vectors, began, drawn = self.cache.model(model), self.cache.vectors, time.perf_counter(), [0.0]
+        norm = vectors[request.watched[0]][request.watched[1]].norm().item() if request.watched else 1.0
 
         def show(answers):
             if time.perf_counter() - drawn[0] > EVERY:
                 drawn[0] = time.perf_counter()
-                self._draw(wish, answers, norm)
+                self._draw(request, answers, norm)
             return stop()
 
         self._say("Writing ...")
-        answers = answer_live(lm, wish, vectors, show)
-        self._draw(wish, answers, norm)
+        answers = answer_live(lm, request, vectors, show)
+        self._draw(request, answers, norm)
         n, took = sum(len(a.pieces) for a in answers), time.perf_counter() - began
         if stop():
             return self._say(f"Stopped after {n} tokens.")
         self._say("Judging ...")
-        scores = self.shelf.scores(model, wish, answers, stop)
+        scores = self.cache.scores(model, request, answers, stop)
         if stop():
             return self._say("Stopped before the scores came.")
-        self._draw(wish, answers, norm, scores)
+        self._draw(request, answers, norm, scores)
         self._say(f"Done: {n} tokens in {took:.1f} s." + (f" Judge: {self.shelf.judge(model).name}." if scores else ""))
 
-    def _draw(self, wish: LiveRequest, answers: list[Answer], norm: float, scores: list | None = None):
+    def _draw(self, request: LiveRequest, answers: list[Answer], norm: float, scores: list | None = None):
         values = relative(answers, norm)
         for box, name, a, v, s in zip(
-            (self.left, self.right), ("unsteered", describe_wish(wish)), answers, values, scores or [None, None]
+            (self.left, self.right), ("unsteered", describe_request(request)), answers, values, scores or [None, None]
         ):
             box.value = panel_html(name, a, v, s)
-        self.plot.value = curves(values, "{} projection at layer {}".format(*wish.watched)) if wish.watched else ""
+        self.plot.value = (
+            curves(values, "{} projection at layer {}".format(*request.watched)) if request.watched else ""
+        )
 
 # %% ../../nbs/11_dashboard.ipynb #b66927c3
 def save_app(path, chapter=None):  # -> Path

@@ -47,39 +47,32 @@ def package(name: str, extra: str = "", module: str = "") -> Finding:
 # %% ../../nbs/app/01_doctor.ipynb #e65d3f4f
 def machine() -> list[Finding]:
     "Python, memory, disk, devices, dtype."
+    version = platform.python_version()
+    python = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer"
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_memory()} memory"
+    return [Finding("Python", version, python, True), Finding("system", system), *_disk(), *_devices()]
+
+
+def _disk() -> list[Finding]:
+    "Room for results."
+    runs = run_path()
+    runs.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(runs).free / 2**30
+    room = "" if free > 2 else "make room: a job needs some hundred MB, a 7 B model 15 GB"
+    writable = "" if os.access(runs, os.W_OK) else "it cannot be written to: set PERSONA_RUNS"
+    return [
+        Finding("free disk", f"{free:.0f} GB in {runs}", room, True),
+        Finding("runs folder", str(runs), writable, True),
+    ]
+
+
+def _devices() -> list[Finding]:
+    "GPUs, and what models run on."
     import torch
 
     from persona_steer.base.core import pick_device, pick_dtype
 
-    out = [
-        Finding(
-            "Python",
-            platform.python_version(),
-            "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer",
-            True,
-        ),
-        Finding("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_memory()} memory"),
-    ]
-    runs = run_path()
-    runs.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(runs).free / 2**30
-    out.append(
-        Finding(
-            "free disk",
-            f"{free:.0f} GB in {runs}",
-            "" if free > 2 else "make room: a job needs some hundred MB, a 7 B model 15 GB",
-            True,
-        )
-    )
-    out.append(
-        Finding(
-            "runs folder",
-            str(runs),
-            "" if os.access(runs, os.W_OK) else "it cannot be written to: set PERSONA_RUNS",
-            True,
-        )
-    )
-    device = pick_device()
+    device, out = pick_device(), []
     if device.type == "cuda":
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
@@ -87,13 +80,8 @@ def machine() -> list[Finding]:
     else:
         out.append(Finding("GPU", "Apple MPS" if device.type == "mps" else "none: models run on the CPU"))
     usual, published = (str(pick_dtype(device, "", own)).removeprefix("torch.") for own in (None, torch.bfloat16))
-    out.append(
-        Finding(
-            "device, dtype",
-            f"{device}, {usual}" + (f"; {published} for models published in it" if published != usual else ""),
-        )
-    )
-    return out
+    other = f"; {published} for models published in it" if published != usual else ""
+    return [*out, Finding("device, dtype", f"{device}, {usual}{other}")]
 
 # %% ../../nbs/app/01_doctor.ipynb #07c59245
 def _memory() -> str:

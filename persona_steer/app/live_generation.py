@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from ..base.core import check
-from ..lm.activations import steer
+from ..lm.activations import Steering, steer
 from ..lm.generation import SamplingParams, generate, stop_ids, text_of
 from ..lm.models import LoadedModel
 from ..projection import Trace
@@ -71,69 +70,65 @@ class Answer:
 # %% ../../nbs/app/00_live_generation.ipynb #302b87f0
 def answer_live(
     lm: LoadedModel,
-    wish: LiveRequest,
+    request: LiveRequest,
     vectors: dict,  # trait -> [layers + 1, hidden]
     show: Callable[[list[Answer]], bool] = lambda answers: False,
 ) -> list[Answer]:  # unsteered, steered
     "Write both answers; `show` is called after every token, and ends them by returning True."
-    check(wish.question.strip(), "there is no question: write one into the prompt box.")
-    terms = [t for t in wish.terms if t[2]]
-    steering = (
-        steer(
-            lm,
-            [vectors[t] for t, _, _ in terms],
-            [l for _, l, _ in terms],
-            [torch.tensor([0.0, c]) for _, _, c in terms],
-            wish.positions,
-        )
-        if terms
-        else None
-    )
-    prompt, stops = lm.prompt(wish.question, wish.system), set(stop_ids(lm))
-    width, answers, pieces = (
-        len(lm.tokenizer(prompt, add_special_tokens=False).input_ids),
-        [Answer(), Answer()],
-        [IncrementalDetokenizer(lm.tokenizer), IncrementalDetokenizer(lm.tokenizer)],
-    )
-    name, layer = wish.watched or (None, 1)
+    check(request.question.strip(), "there is no question: write one into the prompt box.")
+    steering = _steering(lm, request, vectors)
+    prompt, stops = lm.prompt(request.question, request.system), set(stop_ids(lm))
+    width = len(lm.tokenizer(prompt, add_special_tokens=False).input_ids)
+    answers, pieces = [Answer(), Answer()], [IncrementalDetokenizer(lm.tokenizer) for _ in range(2)]
+    name, layer = request.watched or (None, 1)
     trace = Trace(lm, layer, vectors[name][layer] if name else torch.ones(lm.hidden_size))
 
     def callback(ids: torch.Tensor) -> bool:  # [2, tokens]
         values = trace.values()[:, width:]
         for a, p, row, v in zip(answers, pieces, ids.tolist(), values):
             n = next((k for k, i in enumerate(row) if i in stops), len(row))
-            a.pieces = p.extend(row[: min(n, wish.sampling.max_new_tokens)])
+            a.pieces = p.extend(row[: min(n, request.sampling.max_new_tokens)])
             a.values = v[: len(a.pieces)].tolist() if name else []
         return show(answers)
 
     with trace:
-        generate(lm, [prompt] * 2, wish.sampling, steering, seeds=["live"] * 2, progress=False, callback=callback)
+        generate(lm, [prompt] * 2, request.sampling, steering, seeds=["live"] * 2, progress=False, callback=callback)
     return answers
+
+
+def _steering(lm: LoadedModel, request: LiveRequest, vectors: dict) -> Steering | None:
+    "Nothing for the first row, everything that was asked for for the second."
+    terms = [t for t in request.terms if t[2]]
+    if not terms:
+        return None
+    traits, layers, strengths = zip(*terms)
+    columns = [torch.tensor([0.0, c]) for c in strengths]
+    return steer(lm, [vectors[t] for t in traits], list(layers), columns, request.positions)
 
 # %% ../../nbs/app/00_live_generation.ipynb #18d58be8
 class LatestRequestWorker:
-    "Answers the latest wish in a thread of its own."
+    "Answers the latest request in a thread of its own."
 
     def __init__(
         self,
-        answer: Callable,  # (wish, stop): stop() says whether to end
+        answer: Callable,  # (request, stop): stop() says whether to end
         failed: Callable,  # (error): called in the thread
     ):
-        self.answer, self.failed, self.wish, self.asked, self.served = answer, failed, None, 0, 0
+        self.answer, self.failed, self.request, self.asked, self.served = answer, failed, None, 0, 0
         self.change, self.closed = threading.Condition(), False
         self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 
-    def ask(self, wish):
+    def ask(self, request):
         "Drop what is being written, and answer this."
         with self.change:
-            self.wish, self.asked = wish, self.asked + 1
+            self.request, self.asked = request, self.asked + 1
             self.change.notify_all()
 
     def stop(self):
         "End what is being written."
         with self.change:
-            self.wish, self.asked = None, self.asked + 1
+            self.request, self.asked = None, self.asked + 1
             self.change.notify_all()
 
     def close(self):
@@ -150,10 +145,10 @@ class LatestRequestWorker:
         while not self.closed:
             with self.change:
                 self.change.wait_for(lambda: self.served != self.asked)
-                number, wish = self.asked, self.wish
+                number, request = self.asked, self.request
             try:
-                if wish is not None and not self.closed:
-                    self.answer(wish, lambda: self.asked != number or self.closed)
+                if request is not None and not self.closed:
+                    self.answer(request, lambda: self.asked != number or self.closed)
             except Exception as e:
                 self.failed(e)
             with self.change:

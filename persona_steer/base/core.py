@@ -21,8 +21,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'default_config',
            'local_folder', 'local_file', 'find_file', 'seed_everything', 'pick_device', 'cpu_has_bfloat16',
-           'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'Stage', 'versions', 'git_state',
-           'provenance']
+           'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -222,29 +221,6 @@ def load_json(path: Path | str, missing=None):
 def digest(*values) -> str:
     "Twelve hexadecimal digits that name these values (JSON-able, paths by their text)."
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-# %% ../../nbs/base/00_core.ipynb #b3afe082
-class Stage:
-    "A folder of parts, named by a digest of the inputs they were made from."
-
-    def __init__(
-        self,
-        folder: Path | str,  # the job's folder
-        name: str,  # what is made
-        inputs,  # JSON-able: everything the result depends on
-        overwrite: bool = False,  # forget what is there
-    ):
-        self.key = digest(name, inputs)
-        self.folder = Path(folder) / ".parts" / f"{name}-{self.key}"
-        if overwrite and self.folder.exists():
-            for p in self.folder.iterdir():
-                p.unlink()
-
-    def part(self, i: int, suffix: str) -> Path:
-        return self.folder / f"{i:05d}{suffix}"
-
-    def done(self, i: int, suffix: str) -> bool:
-        return self.part(i, suffix).exists()
 
 # %% ../../nbs/base/00_core.ipynb #f1416d0f
 PACKAGES = ("persona_steer", "torch", "transformers", "peft", "trl", "numpy", "pandas", "safetensors")

@@ -113,34 +113,9 @@ def run_concurrently(
     "Results of the jobs as they come; an exception ends the rest."
     out, stop, DONE = queue.Queue(), threading.Event(), object()
 
-    async def work():
-        todo = iter(jobs)
-
-        async def worker(client, k):
-            # who starts in step stays in step: all replies would come at one moment, round after round
-            await asyncio.sleep(0.002 * k)
-            for job in todo:
-                out.put(await job(client))  # one iterator for all workers: each takes the next
-
-        async def watch(tasks):
-            while not stop.is_set():
-                await asyncio.sleep(0.05)
-            for t in tasks:
-                t.cancel()
-
-        async with open_client() as client:
-            tasks = [asyncio.create_task(worker(client, k)) for k in range(concurrency)]
-            watcher = asyncio.create_task(watch(tasks))
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for t in (*tasks, watcher):
-                    t.cancel()
-                await asyncio.gather(*tasks, watcher, return_exceptions=True)
-
     def run():
         try:
-            asyncio.run(work())
+            asyncio.run(_work(open_client, jobs, concurrency, out, stop))
         except BaseException as e:
             out.put(e)
         out.put(DONE)
@@ -155,3 +130,30 @@ def run_concurrently(
     finally:
         stop.set()
         thread.join(5)
+
+# %% ../../nbs/base/03_http_client.ipynb #a4420f38
+async def _work(open_client, jobs: list, concurrency: int, out: queue.Queue, stop: threading.Event):
+    "Run the jobs, so many at a time, and put their results into a queue."
+    todo = iter(jobs)
+
+    async def worker(client, k):
+        # who starts in step stays in step: all replies would come at one moment, round after round
+        await asyncio.sleep(0.002 * k)
+        for job in todo:
+            out.put(await job(client))  # one iterator for all workers: each takes the next
+
+    async def watch(tasks):
+        while not stop.is_set():
+            await asyncio.sleep(0.05)
+        for t in tasks:
+            t.cancel()
+
+    async with open_client() as client:
+        tasks = [asyncio.create_task(worker(client, k)) for k in range(concurrency)]
+        watcher = asyncio.create_task(watch(tasks))
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for t in (*tasks, watcher):
+                t.cancel()
+            await asyncio.gather(*tasks, watcher, return_exceptions=True)

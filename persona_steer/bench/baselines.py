@@ -14,8 +14,8 @@ import torch
 
 from ..lm.generation import SamplingParams, padded
 from ..lm.models import LoadedModel
+from ..lm.tables import generate_table, table_steering
 from ..projection import project
-from ..steering import respond
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'reference_extraction', 'installed', 'with_nnsight', 'with_steering_vectors', 'with_repeng',
@@ -149,14 +149,10 @@ def plain_generate(lm: LoadedModel, prompts: list[str], sampling: SamplingParams
 
 
 def point_by_point(lm: LoadedModel, rows: pd.DataFrame, vectors: dict, sampling: SamplingParams) -> pd.DataFrame:
-    # as `respond`
+    # as `generate_table`
     "A sweep as one run for each point."
-    return pd.concat(
-        [
-            respond(lm, g.reset_index(drop=True), vectors, sampling)
-            for _, g in rows.groupby(["layer", "coefficient"], sort=False)
-        ]
-    )
+    points = [g.reset_index(drop=True) for _, g in rows.groupby(["layer", "coefficient"], sort=False)]
+    return pd.concat([generate_table(lm, g, sampling, table_steering(lm, g, vectors)) for g in points])
 
 
 def project_singly(

@@ -19,8 +19,7 @@ import torch
 from ..base.core import check
 from .baselines import reference_extraction
 from ..finetuning import trainer_for, training_steering
-from ..lm.decoding import pass_tokens
-from ..lm.generation import collect_activations, encode_pair, reading_batches
+from ..lm.generation import collect_activations, encode_pair
 from ..lm.models import LoadedModel, text_config, wrap_model
 from ..persona.traits import Trait, system_prompt
 
@@ -309,22 +308,14 @@ def serve(latency: float):
     import json
 
     top = [{"token": str(k), "logprob": -3.0, "bytes": None} for k in range(20)]
-    body = json.dumps(
-        {
-            "id": "0",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "latency",
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": "1"},
-                    "logprobs": {"content": [{**top[1], "top_logprobs": top}]},
-                }
-            ],
-        }
-    ).encode()
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": "1"},
+        "logprobs": {"content": [{**top[1], "top_logprobs": top}]},
+    }
+    reply = {"id": "0", "object": "chat.completion", "created": 0, "model": "latency", "choices": [choice]}
+    body = json.dumps(reply).encode()
 
     async def one(reader, writer):
         try:

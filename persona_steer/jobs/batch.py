@@ -32,8 +32,8 @@ from ..base.redaction import redact
 from ..persona.traits import load_trait, trait_files, traits_folder
 
 # %% auto #0
-__all__ = ['RECORD', 'Executor', 'MARKS', 'chapter_path', 'chapter_parameters', 'as_text', 'cast', 'as_values', 'read_grid',
-           'Job', 'job_key', 'model_of', 'job_name', 'jobs_of', 'read_record', 'state_of', 'flat_results',
+__all__ = ['RECORD', 'Executor', 'SPEC', 'MARKS', 'chapter_path', 'chapter_parameters', 'as_text', 'cast', 'as_values',
+           'read_grid', 'Job', 'job_key', 'model_of', 'job_name', 'jobs_of', 'read_record', 'state_of', 'flat_results',
            'summary_row', 'save_summary', 'batch_folder', 'todo', 'run_batch', 'progress_table']
 
 # %% ../../nbs/jobs/00_batch.ipynb #75bc2dd8
@@ -222,53 +222,47 @@ def job_name(chapter: Path, known: dict, parameters: dict, varied: list[str]) ->
 # %% ../../nbs/jobs/00_batch.ipynb #a8843df9
 def jobs_of(chapter: str, values: dict) -> list[Job]:  # parameter -> value, values, or text as on the command line
     "The product of the values, the last one changing fastest. Raises `PersonaError` for what the chapter cannot take."
-    import difflib
-
     path = chapter_path(chapter)
     known = chapter_parameters(path)
-    for k in values:
-        near = difflib.get_close_matches(k, known, 1)
-        check(
-            k in known and k != "out",
-            f"{path.stem} has no parameter '{k}' that a grid could set"
-            + (f": did you mean '{near[0]}'?" if near and k != "out" else f"; it has {', '.join(known)}."),
-        )
+    _check_names(path, known, values)
     grid = {k: as_values(v, known[k][0], k) for k, v in values.items()}
     if (project_root() / "nbs").resolve() in path.parents:
         for t in grid.get("trait", []):
             load_trait(t)
     varied = [k for k, v in grid.items() if len(v) > 1]
-    jobs = []
-    for point in itertools.product(*grid.values()):
-        parameters = dict(zip(grid, point))
-        labels = {k: parameters.get(k, known[k][0]) for k in ("trait", "model") if k in known} | {
-            k: parameters[k] for k in varied
-        }
-        name, out = job_name(path, known, parameters, varied)
-        check(
-            not {"", ".", ".."} & set(name.split("/")),
-            f"{path.stem} would write to '{name}', which is no folder of its own: give the model by a "
-            "path that ends in its name.",
-        )
-        jobs.append(
-            Job(
-                str(path),
-                parameters,
-                labels,
-                name,
-                job_key(path, {k: v for k, (v, _) in known.items()} | parameters),
-                out and "out" in known,
-            )
-        )
+    jobs = [_job(path, known, dict(zip(grid, point)), varied) for point in itertools.product(*grid.values())]
     names = [j.name.lower() for j in jobs]
-    twice = next((j for j in jobs if names.count(j.name.lower()) > 1), None)
+    twice = next((j.name for j in jobs if names.count(j.name.lower()) > 1), None)
     check(
         twice is None,
-        twice
-        and f"two jobs would share the folder {twice.name} (models whose paths end alike?): run them as "
-        "two batches with different --runs.",
+        f"two jobs would share the folder {twice} (models whose paths end alike?): run them as two batches with "
+        "different --runs.",
     )
     return jobs
+
+
+def _check_names(path: Path, known: dict, values: dict):
+    "Raise `PersonaError` for a parameter that the chapter does not have; `out` belongs to the batch."
+    import difflib
+
+    for k in values:
+        near = difflib.get_close_matches(k, known, 1)
+        hint = f": did you mean '{near[0]}'?" if near and k != "out" else f"; it has {', '.join(known)}."
+        check(k in known and k != "out", f"{path.stem} has no parameter '{k}' that a grid could set{hint}")
+
+# %% ../../nbs/jobs/00_batch.ipynb #139f9a54
+def _job(path: Path, known: dict, parameters: dict, varied: list[str]) -> Job:
+    "The job of one point of the grid."
+    labels = {k: parameters.get(k, known[k][0]) for k in ("trait", "model") if k in known}
+    labels |= {k: parameters[k] for k in varied}
+    name, out = job_name(path, known, parameters, varied)
+    check(
+        not {"", ".", ".."} & set(name.split("/")),
+        f"{path.stem} would write to '{name}', which is no folder of its own: give the model by a path that ends in "
+        "its name.",
+    )
+    key = job_key(path, {k: v for k, (v, _) in known.items()} | parameters)
+    return Job(str(path), parameters, labels, name, key, out and "out" in known)
 
 # %% ../../nbs/jobs/00_batch.ipynb #bc12cacb
 RECORD = "job.json"
@@ -354,35 +348,20 @@ def run_batch(
     show: Callable | None = None,
 ) -> list[dict]:  # a record per job
     "Run what is to be run; the summary is written however it ends."
-    runs, folder = (
-        (runs.rstrip("/") if "://" in runs else str(Path(runs or run_path()).resolve())),
-        Path(folder or batch_folder(jobs)),
-    )
+    runs = runs.rstrip("/") if "://" in runs else str(Path(runs or run_path()).resolve())
+    folder, show = Path(folder or batch_folder(jobs)), show or (lambda *_: None)
 
     def known(job, record=None):  # nothing where other settings left a record in the folder
         record = record or read_record(runs, job.name)
         return record if state_of(record, job.key) != "new" else {}
 
     records = [known(j) for j in jobs]
-    which, batch = todo(jobs, records, resume, overwrite), digest(os.urandom(8).hex())
-    specs = [
-        dict(
-            chapter=jobs[i].chapter,
-            parameters=jobs[i].parameters,
-            name=jobs[i].name,
-            key=jobs[i].key,
-            out=jobs[i].out,
-            runs=runs,
-            batch=batch,
-            overwrite=overwrite,
-            cwd=os.getcwd(),
-        )
-        for i in which
-    ]
+    which = todo(jobs, records, resume, overwrite)
+    batch = dict(runs=runs, batch=digest(os.urandom(8).hex()), overwrite=overwrite, cwd=os.getcwd())
+    specs = [{k: getattr(jobs[i], k) for k in SPEC} | batch for i in which]
     save_json(folder / "grid.json", redact({"chapter": jobs[0].chapter, "parameters": _grid_of(jobs)}))
     for i in which:
         records[i] = {"state": "waiting"}
-    show = show or (lambda *_: None)
     show(jobs, records)
     try:
         for k, record in execute(specs) if specs else ():
@@ -392,6 +371,9 @@ def run_batch(
         records = [known(j, r if r.get("state") in ("done", "failed") else None) for j, r in zip(jobs, records)]
         save_summary(folder, runs, jobs, records)
     return records
+
+
+SPEC = ("chapter", "parameters", "name", "key", "out")  # of a job: what its worker must know
 
 # %% ../../nbs/jobs/00_batch.ipynb #f1852d91
 def _grid_of(jobs: list[Job]) -> dict:  # parameter -> values

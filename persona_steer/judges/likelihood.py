@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.core import check
 from .judging import Judge, JudgementCache, JudgeRequest
-from ..lm.generation import SamplingParams, answer_logprobs, encode_pair, generate, sampling_for
+from ..lm.generation import answer_logprobs, encode_pair, generate, sampling_for
 from ..lm.models import LoadedModel
 from ..persona.scores import distinct
 from ..persona.traits import Trait, system_prompt

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..base.core import PersonaError, check
+from ..base.core import check
 from .models import LoadedModel
 from .routing import BatchRouting, routing_of
 

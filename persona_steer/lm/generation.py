@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, groupby
 from os.path import commonprefix  # of any lists
 
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..base.core import Stage, atomic_path, check, digest, load_json, save_json, settings
+from ..base.cache import Cache
+from ..base.core import atomic_path, check, digest, settings
 from .activations import POOLS, ActivationPooler, Steering, steers_prompts
 from persona_steer.lm.decoding import (
     causal_lm,
@@ -135,15 +136,21 @@ class GenerationOutput:
     texts: list
     tokens: list  # sampled tokens per answer, without the stop token
     # prompt_avg, response_avg, prompt_last: float32 [rows, layers + 1, hidden]
-    pooled: dict = field(default_factory=dict)
+    activations: dict = field(default_factory=dict)
 
-
+# %% ../../nbs/lm/05_generation.ipynb #15c429fe
 def _generate_batch(
-    lm: LoadedModel, ids: list, seeds: list, s: SamplingParams, steering: Steering | None, pool: bool, callback=None
+    lm: LoadedModel,
+    ids: list,
+    seeds: list,
+    s: SamplingParams,
+    steering: Steering | None,
+    return_activations: bool,
+    callback=None,
 ) -> GenerationOutput:
     "One batch, left-padded. If activations are pooled, the last sampled token passes through the model too."
     batch, stops = padded(lm.tokenizer, ids, "left", lm.device), stop_ids(lm)
-    taps = ActivationPooler(lm, stop_ids=stops) if pool else nullcontext()
+    taps = ActivationPooler(lm, stop_ids=stops) if return_activations else nullcontext()
     with steering or nullcontext(), taps:
         out = decode(
             lm,
@@ -152,18 +159,21 @@ def _generate_batch(
             Sampler(s, seeds, lm.device),
             s.max_new_tokens,
             stops,
-            pool,
+            return_activations,
             callback,
         )
     stopped = torch.isin(out, torch.tensor(stops)).cumsum(1) > 0
     rows = [row[~over].tolist() for row, over in zip(out, stopped)]
     texts = [text_of(lm.tokenizer, row) for row in rows]
     check(
-        not pool or lm.keep_thoughts or lm.think_end is not None or not any("</think>" in t for t in texts),
+        not return_activations
+        or lm.keep_thoughts
+        or lm.think_end is not None
+        or not any("</think>" in t for t in texts),
         f"{lm.name} thinks, but writes </think> in "
         "several tokens, so thoughts cannot be left out of the pooling: use keep_thoughts=True, or thinking=False.",
     )
-    return GenerationOutput(texts, [len(r) for r in rows], taps.result() if pool else {})
+    return GenerationOutput(texts, [len(r) for r in rows], taps.result() if return_activations else {})
 
 # %% ../../nbs/lm/05_generation.ipynb #9c0d5a68
 def text_of(tokenizer, ids: list[int]) -> str:
@@ -218,23 +228,22 @@ def padded(tokenizer, ids: list[list[int]], side: str, device) -> dict:  # input
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side=side).to(device)
 
 # %% ../../nbs/lm/05_generation.ipynb #1fb4a8fd
-def _part(stage: Stage | None, i: int, make) -> GenerationOutput:
+def _part(cache: Cache | None, i: int, make: Callable) -> GenerationOutput:
     "A stored part, or a new one that is then stored."
     from safetensors.torch import load_file, save_file
 
-    if stage and stage.done(i, ".json"):
-        d = load_json(stage.part(i, ".json"))
-        return GenerationOutput(
-            d["texts"], d["tokens"], load_file(stage.part(i, ".safetensors")) if d["pooled"] else {}
-        )
-    r = make()
-    if stage:
-        if r.pooled:
-            with atomic_path(stage.part(i, ".safetensors")) as tmp:
-                save_file({k: v.contiguous() for k, v in r.pooled.items()}, tmp)
-        # last: it says that the part is whole
-        save_json(stage.part(i, ".json"), dict(texts=r.texts, tokens=r.tokens, pooled=bool(r.pooled)))
-    return r
+    name, tensors = f"{i:05d}.json", f"{i:05d}.safetensors"
+    known = cache.load(name) if cache else {}
+    if known:
+        activations = load_file(cache.folder / tensors) if known["activations"] else {}
+        return GenerationOutput(known["texts"], known["tokens"], activations)
+    out = make()
+    if cache:
+        if out.activations:
+            with atomic_path(cache.folder / tensors) as tmp:
+                save_file({k: v.contiguous() for k, v in out.activations.items()}, tmp)
+        cache.save(name, dict(texts=out.texts, tokens=out.tokens, activations=bool(out.activations)))
+    return out
 
 
 def run_fingerprint(lm: LoadedModel, steering: Steering | None) -> list:
@@ -254,9 +263,9 @@ def generate(
     sampling: SamplingParams = SamplingParams(),
     steering: Steering | None = None,  # its coefficients may be one per prompt
     seeds: list[int] | None = None,  # one per prompt; by default each has its own
-    pool: bool = False,  # pool activations on the way
-    folder=None,
-    overwrite: bool = False,  # where to keep parts, so that the run can be resumed
+    return_activations: bool = False,  # pooled while the model writes
+    folder=None,  # where finished batches are kept, so that an interrupted run resumes
+    overwrite: bool = False,
     label: str = "generate",
     progress: bool = True,  # of the progress bar
     callback=None,  # called after every token with all ids so far, [rows, tokens] (one batch then); True ends it
@@ -266,44 +275,23 @@ def generate(
     seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     _, ties = same_prompts(prompts)  # equal prompts go together: they are read once a batch
-    batches = (
-        [list(range(len(ids)))]
-        if callback
-        else length_batches([len(i) for i in ids], sampling.max_new_tokens, ties=ties)
-    )
-    stage = folder and Stage(
-        folder,
-        label.replace(" ", "_"),
-        [
-            prompts,
-            seeds,
-            asdict(sampling),
-            pool,
-            settings().batch_tokens,
-            "equal prompts together",
-            *run_fingerprint(lm, steering),
-        ],
-        overwrite,
-    )
+    batches = [list(range(len(ids)))]
+    if not callback:
+        batches = length_batches([len(i) for i in ids], sampling.max_new_tokens, ties=ties)
+    how = [asdict(sampling), return_activations, settings().batch_tokens, "equal prompts together"]
+    key = digest(prompts, seeds, *how, *run_fingerprint(lm, steering))
+    cache = Cache.of_parts(folder, label, key, overwrite) if folder else None
+
+    def answer(batch: list[int]) -> GenerationOutput:
+        of_batch = steering and steering.rows(batch)
+        texts, numbers = [ids[i] for i in batch], [seeds[i] for i in batch]
+        return _generate_batch(lm, texts, numbers, sampling, of_batch, return_activations, callback)
+
     parts = []
     with tqdm(total=len(prompts), desc=label, unit="answer", disable=not progress) as bar:
-        for i, index in enumerate(batches):
-            parts.append(
-                _part(
-                    stage,
-                    i,
-                    lambda: _generate_batch(
-                        lm,
-                        [ids[j] for j in index],
-                        [seeds[j] for j in index],
-                        sampling,
-                        steering and steering.rows(index),
-                        pool,
-                        callback,
-                    ),
-                )
-            )
-            bar.update(len(index))
+        for i, batch in enumerate(batches):
+            parts.append(_part(cache, i, partial(answer, batch)))
+            bar.update(len(batch))
     return _restore(parts, batches)
 
 # %% ../../nbs/lm/05_generation.ipynb #86a67ed2
@@ -330,8 +318,8 @@ def _restore(parts: list[GenerationOutput], batches: list[list[int]]) -> Generat
         flat = [x for part in lists for x in part]
         return [flat[i] for i in at]
 
-    pooled = {k: torch.cat([p.pooled[k] for p in parts])[torch.as_tensor(at)] for k in (parts[0].pooled or {})}
-    return GenerationOutput(order([p.texts for p in parts]), order([p.tokens for p in parts]), pooled)
+    activations = {k: torch.cat([p.activations[k] for p in parts])[torch.as_tensor(at)] for k in parts[0].activations}
+    return GenerationOutput(order([p.texts for p in parts]), order([p.tokens for p in parts]), activations)
 
 # %% ../../nbs/lm/05_generation.ipynb #88e28c0d
 def encode_pair(tokenizer, prompt: str, answer: str) -> tuple[list[int], int]:  # ids, number of prompt ids

@@ -210,17 +210,9 @@ def resolve_model(name: str) -> tuple[str, str]:  # model (a folder or a hub id)
         )
         return name, ""
     if not any((folder / f).exists() for f in ("config.json", "adapter_config.json")):
-        steps = sorted(
-            int(m[1]) for p in folder.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-        )
-        check(
-            steps,
-            f"the folder {folder} holds no model: it has no config.json, no adapter_config.json and "
-            "no checkpoint-N folder.",
-        )
-        folder = folder / f"checkpoint-{steps[-1]}"
-        print(f"{name}: taking {folder.name}, the latest of {len(steps)} checkpoints")
-        return resolve_model(str(folder))
+        found = _checkpoints(folder)
+        print(f"{name}: taking {found[-1].name}, the latest of {len(found)} checkpoints")
+        return resolve_model(str(found[-1]))
     if not (folder / "adapter_config.json").exists():
         return str(folder), ""
     base = load_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
@@ -233,6 +225,16 @@ def resolve_model(name: str) -> tuple[str, str]:  # model (a folder or a hub id)
         ) from None
     check(not under, f"the adapter {folder} stands on another adapter, {under}: merge that one first.")
     return where, str(folder)
+
+# %% ../../nbs/lm/01_models.ipynb #c8fdf829
+def _checkpoints(folder: Path) -> list[Path]:
+    "The checkpoint-N folders in order; raises `PersonaError` if there is none."
+    steps = [int(m[1]) for p in folder.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    check(
+        steps,
+        f"the folder {folder} holds no model: it has no config.json, adapter_config.json or checkpoint-N folder.",
+    )
+    return [folder / f"checkpoint-{step}" for step in sorted(steps)]
 
 # %% ../../nbs/lm/01_models.ipynb #bb04631f
 # a template that adds nothing: text to be continued

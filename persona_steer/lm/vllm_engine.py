@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..base.core import PersonaError, Stage, check, load_json, save_json
+from ..base.cache import Cache
+from ..base.core import PersonaError, check, digest, load_json
 from ..base.http_client import address, client_for, plain_error, run_concurrently
 from .generation import GenerationOutput, SamplingParams, digest_seed, stop_ids, text_of
 from .models import LoadedModel, resolve_model
@@ -70,21 +71,17 @@ class VLLMEngine:
         "As `generation.generate`, without pooling and steering; with a folder, parts of `size` answers are kept."
         check(len(prompts), "there is nothing to generate: the list of prompts is empty.")
         seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
-        stage = folder and Stage(
-            folder,
-            f"vllm_{label}".replace(" ", "_"),
-            [prompts, seeds, asdict(sampling), self.lm.fingerprint, self.served, size],
-            overwrite,
-        )
+        key = digest(prompts, seeds, asdict(sampling), self.lm.fingerprint, self.served, size)
+        cache = Cache.of_parts(folder, f"vllm {label}", key, overwrite) if folder else None
         texts, tokens = [], []
         with tqdm(total=len(prompts), desc=label, unit="answer") as bar:
             for start in range(0, len(prompts), size):
-                if stage and stage.done(start, ".json"):
-                    part = load_json(stage.part(start, ".json"))
-                else:
+                name = f"{start:05d}.json"
+                part = cache.load(name).get("ids") if cache else None
+                if part is None:
                     part = self._answer(prompts[start : start + size], sampling, seeds[start : start + size], bar)
-                    if stage:
-                        save_json(stage.part(start, ".json"), part)
+                    if cache:
+                        cache.save(name, {"ids": part})
                 for ids in part:
                     texts.append(text_of(self.lm.tokenizer, ids))
                     tokens.append(len(ids))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.core import PersonaError, atomic_path, check
+from ..base.core import atomic_path, check
 
 # %% auto #0
 __all__ = ['TEXT', 'MEASURED', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci', 'as_columns',

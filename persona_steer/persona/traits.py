@@ -144,43 +144,43 @@ def complaints(d) -> list[str]:  # empty if all is well
     "What is wrong with a definition that a model wrote."
     if not isinstance(d, dict):
         return ["the reply is no JSON object"]
-    out, pairs, qs, prompt = [], d.get("instruction"), d.get("questions"), d.get("eval_prompt")
+    found = _instruction_complaints(d.get("instruction")) + _question_complaints(d.get("questions"))
+    return found + _prompt_complaints(d.get("eval_prompt"))
 
-    def text(x):
-        return isinstance(x, str) and bool(x.strip())
 
+def _is_text(x) -> bool:
+    return isinstance(x, str) and bool(x.strip())
+
+
+def _instruction_complaints(pairs) -> list[str]:
     if not (
         isinstance(pairs, list)
         and len(pairs) == PAIRS
-        and all(isinstance(p, dict) and text(p.get("pos")) and text(p.get("neg")) for p in pairs)
+        and all(isinstance(p, dict) and _is_text(p.get("pos")) and _is_text(p.get("neg")) for p in pairs)
     ):
-        out.append(f"'instruction' must hold exactly {PAIRS} objects with the texts 'pos' and 'neg'")
-    elif len({p[k].strip().lower() for p in pairs for k in ("pos", "neg")}) < 2 * PAIRS:
-        out.append("'instruction' says the same thing twice")
-    if not (isinstance(qs, list) and all(map(text, qs))):
-        out.append("'questions' must be a list of texts")
-    else:
-        if len(qs) != 2 * QUESTIONS:
-            out.append(f"'questions' has {len(qs)} entries instead of {2 * QUESTIONS}")
-        twins = [
-            b
-            for i, b in enumerate(qs)
-            for a in qs[:i]
-            if len(_words(a) & _words(b)) >= 0.8 * len(_words(a) | _words(b))
-        ]
-        if twins:
-            out.append(f"these questions nearly repeat another one: {twins[:3]}")
-    if not text(prompt):
-        out.append("'eval_prompt' must be a text")
-    else:
-        out += [
-            f"'eval_prompt' must hold {{{k}}} exactly once"
-            for k in ("question", "answer")
-            if prompt.count(f"{{{k}}}") != 1
-        ]
-        if "100" not in prompt:
-            out.append("'eval_prompt' must ask for a score from 0 to 100")
-    return out
+        return [f"'instruction' must hold exactly {PAIRS} objects with the texts 'pos' and 'neg'"]
+    different = {p[k].strip().lower() for p in pairs for k in ("pos", "neg")}
+    return ["'instruction' says the same thing twice"] if len(different) < 2 * PAIRS else []
+
+
+def _question_complaints(questions) -> list[str]:
+    if not (isinstance(questions, list) and all(map(_is_text, questions))):
+        return ["'questions' must be a list of texts"]
+    out, n = [], len(questions)
+    if n != 2 * QUESTIONS:
+        out.append(f"'questions' has {n} entries instead of {2 * QUESTIONS}")
+    words = [_words(q) for q in questions]
+    twins = [(i, k) for i in range(n) for k in range(i) if len(words[i] & words[k]) >= 0.8 * len(words[i] | words[k])]
+    near = [questions[i] for i, _ in twins]
+    return out + ([f"these questions nearly repeat another one: {near[:3]}"] if near else [])
+
+# %% ../../nbs/persona/00_traits.ipynb #f77a0e44
+def _prompt_complaints(prompt) -> list[str]:
+    if not _is_text(prompt):
+        return ["'eval_prompt' must be a text"]
+    places = [f"{{{k}}}" for k in ("question", "answer")]
+    out = [f"'eval_prompt' must hold {p} exactly once" for p in places if prompt.count(p) != 1]
+    return out + (["'eval_prompt' must ask for a score from 0 to 100"] if "100" not in prompt else [])
 
 # %% ../../nbs/persona/00_traits.ipynb #4012d37a
 def _parse(reply: str):

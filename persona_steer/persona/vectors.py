@@ -56,9 +56,9 @@ class PersonaVectors:
         return self._map(lambda k: random_like(getattr(self, k), rng), f"random(seed {seed})")
 
 # %% ../../nbs/persona/01_vectors.ipynb #a18c3b7e
-def vector_file(folder: Path | str, trait: str, pool: str) -> Path:
-    "Where a vector lies: `{trait}_{pool}_diff.pt`."
-    return Path(folder) / f"{trait}_{pool}_diff.pt"
+def vector_file(folder: Path | str, trait: str, pooling: str) -> Path:
+    "Where a vector lies: `{trait}_{pooling}_diff.pt`."
+    return Path(folder) / f"{trait}_{pooling}_diff.pt"
 
 
 def save_vectors(v: PersonaVectors, folder: Path | str) -> Path:  # the metadata file

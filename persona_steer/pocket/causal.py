@@ -5,9 +5,7 @@
 # %% ../../nbs/pocket/04_causal.ipynb #a79f2f42
 from __future__ import annotations
 
-import json
 import random
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +15,7 @@ from ..judges.judging import COHERENCE_PROMPT, JudgeRequest
 from ..judges.local import POCKET_TRAITS, VOICES, WORD, CausalJudge
 from ..lm.models import LoadedModel
 from ..persona.traits import load_trait
-from .chat import lr_at, save_half
+from .chat import TrainingLoop, save_half
 from .judge import oversteered, text_row
 from .truth import truth
 
@@ -112,38 +110,28 @@ def train_causal(
     head, inner = torch.nn.Linear(lm.hidden_size, len(VOICES) + 1), max(1, lm.n_layers - 2)
     lm.model.train()
     weights = [*lm.model.parameters(), *head.parameters()]
-    opt = torch.optim.AdamW(weights, lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
-    rows, t0, waiting = [], time.time(), []
-    for step in range(steps):
+    loop = TrainingLoop(weights, steps, peak_lr, 50, log, weight_decay=0.01, betas=(0.9, 0.98))
+    waiting = []
+    while loop.done < steps:
         if not waiting:
-            batch = [
-                example(lm, r, forms, r.choice(pool) if pool and r.random() < 0.25 else text_row(r))
-                for _ in range(size * 16)
-            ]
-            batch = sorted((x for x in batch if x["at"]), key=lambda x: len(x["ids"]))
-            waiting = [batch[i : i + size] for i in range(0, len(batch), size)]
-            r.shuffle(waiting)
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, steps, peak_lr)
+            waiting = _batches(lm, r, forms, pool, size)
         number, words = causal_loss(lm, head, waiting.pop(), numbers, inner)
-        (number + words).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        opt.step()
-        opt.zero_grad()
-        if (step + 1) % 50 == 0:
-            rows.append(
-                dict(
-                    step=step + 1,
-                    number=round(number.item(), 3),
-                    words=round(words.item(), 3),
-                    seconds=round(time.time() - t0),
-                )
-            )
-            log(rows[-1])
+        loop.step(number=number, words=words)
     save_half(lm.model.eval(), out)
     tok.save_pretrained(out)
-    (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return rows
+    return loop.save_log(out)
+
+# %% ../../nbs/pocket/04_causal.ipynb #e210b25b
+def _batches(lm: LoadedModel, r: random.Random, forms, pool: list, size: int) -> list:
+    "Sixteen batches of examples of about the same length, in random order."
+    examples = []
+    for _ in range(size * 16):
+        text = r.choice(pool) if pool and r.random() < 0.25 else text_row(r)
+        examples.append(example(lm, r, forms, text))
+    examples = sorted((x for x in examples if x["at"]), key=lambda x: len(x["ids"]))
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    r.shuffle(batches)
+    return batches
 
 # %% ../../nbs/pocket/04_causal.ipynb #c5d69310
 def causal_table(judge: CausalJudge, texts: list[tuple]) -> pd.DataFrame:  # one row per measure

@@ -9,19 +9,20 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from ..base.core import data_path, load_json, save_json
+from ..base.core import atomic_path, load_json, save_json
 from ..judges.judging import COHERENCE_PROMPT
 from ..persona.traits import load_trait
 from .world import TRAITS, dialogue, facts, sentence_case, stray_words, world
 
 # %% auto #0
 __all__ = ['CHATML', 'build_tokenizer', 'build_model', 'ResidualNoise', 'as_llama', 'encode', 'collate', 'batches', 'answer_loss',
-           'lr_at', 'save_half', 'train_chat']
+           'lr_at', 'TrainingLoop', 'save_half', 'train_chat']
 
 # %% ../../nbs/pocket/02_chat.ipynb #007de798
 CHATML = (
@@ -200,6 +201,35 @@ def lr_at(step: int, steps: int, peak: float) -> float:
     "Warm-up over 100 steps, then a cosine down to 3% of the peak."
     return peak * min(1, (step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
+# %% ../../nbs/pocket/02_chat.ipynb #002aba17
+class TrainingLoop:
+    "Steps of AdamW with warm-up, cosine decay and clipped gradients, and their log."
+
+    def __init__(self, weights, steps: int, peak_lr: float, every: int = 100, log: Callable = print, **adamw):
+        self.weights, self.steps, self.peak_lr = list(weights), steps, peak_lr
+        self.every, self.log = every, log
+        self.optimizer = torch.optim.AdamW(self.weights, lr=peak_lr, **adamw)
+        self.done, self.rows, self.began = 0, [], time.time()
+
+    def step(self, **losses: torch.Tensor):  # scalars; the log shows each
+        "One step down the sum of the losses."
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(self.done, self.steps, self.peak_lr)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        if self.done % self.every == 0:
+            values = {name: round(loss.item(), 4) for name, loss in losses.items()}
+            self.rows.append(dict(step=self.done, **values, seconds=round(time.time() - self.began)))
+            self.log(self.rows[-1])
+
+    def save_log(self, out: Path) -> list[dict]:
+        "Write training_log.json."
+        (out / "training_log.json").write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        return self.rows
+
 
 def save_half(model, out: Path):
     """Save weights in bfloat16, half the size; the config asks for float32, which is quicker for matrices as small as
@@ -229,46 +259,36 @@ def train_chat(
     tok = AutoTokenizer.from_pretrained(str(start)) if start else build_tokenizer(seed=seed)
     model = build_model(tok, width, layers).train()
     if start:
-        model.load_state_dict(
-            {
-                k: v.float()
-                for k, v in load_file(Path(start) / "model.safetensors").items()
-                if not k.endswith("o_proj.bias")
-            },
-            strict=False,
-        )
-    shaker = ResidualNoise(model.model.layers, noise)
-    opt = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05, betas=(0.9, 0.98))
-    start, rows, saved = 0, [], out / "checkpoint.pt"
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        start, rows = state["step"], state["log"]
-    stream, t0, tokens = batches(tok, seed + 1000 * start), time.time(), 0
-    for step in range(start, steps):
+        weights = load_file(Path(start) / "model.safetensors").items()
+        known = {k: v.float() for k, v in weights if not k.endswith("o_proj.bias")}
+        model.load_state_dict(known, strict=False)
+    noisy = ResidualNoise(model.model.layers, noise)
+    loop = TrainingLoop(model.parameters(), steps, peak_lr, log=log, weight_decay=0.05, betas=(0.9, 0.98))
+    checkpoint = out / "checkpoint.pt"
+    _resume(loop, model, checkpoint)
+    stream = batches(tok, seed + 1000 * loop.done)
+    while loop.done < steps:
         batch = next(stream)
-        shaker.new_batch(len(batch["input_ids"]))
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, steps, peak_lr)
-        loss = answer_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
-        tokens += int(batch["attention_mask"].sum())
-        if (step + 1) % 100 == 0:
-            rows.append(
-                dict(step=step + 1, loss=round(loss.item(), 4), tokens_per_second=round(tokens / (time.time() - t0)))
-            )
-            log(rows[-1])
-        if (step + 1) % save_every == 0:
-            torch.save(
-                dict(model=model.state_dict(), opt=opt.state_dict(), step=step + 1, log=rows), out / "checkpoint.tmp"
-            )
-            (out / "checkpoint.tmp").replace(saved)
-    shaker.remove()
+        noisy.new_batch(len(batch["input_ids"]))
+        loop.step(loss=answer_loss(model, batch))
+        if loop.done % save_every == 0:
+            _save_checkpoint(loop, model, checkpoint)
+    noisy.remove()
     save_half(as_llama(model), out)
     tok.save_pretrained(out)
-    (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return rows
+    return loop.save_log(out)
+
+# %% ../../nbs/pocket/02_chat.ipynb #13c51645
+def _save_checkpoint(loop: TrainingLoop, model, path: Path):
+    state = dict(model=model.state_dict(), opt=loop.optimizer.state_dict(), step=loop.done, log=loop.rows)
+    with atomic_path(path) as tmp:
+        torch.save(state, tmp)
+
+
+def _resume(loop: TrainingLoop, model, path: Path):
+    if not path.exists():
+        return
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    loop.optimizer.load_state_dict(state["opt"])
+    loop.done, loop.rows = state["step"], state["log"]

@@ -5,9 +5,7 @@
 # %% ../../nbs/pocket/03_judge.ipynb #cb5e9ea8
 from __future__ import annotations
 
-import json
 import random
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +16,7 @@ from ..judges.local import POCKET_TRAITS, VOICES, PocketJudge, featurise
 from ..lm.activations import steer
 from ..lm.generation import SamplingParams, collect_activations, generate
 from ..lm.models import LoadedModel
-from .chat import lr_at
+from .chat import TrainingLoop
 from .truth import damaged, truth
 from .world import Voice, answer, dialogue, made_up_topic, question, stray_words, topics
 
@@ -176,32 +174,20 @@ def train_judge(
         model.load_state_dict({k: v.float() for k, v in load_file(Path(start) / "model.safetensors").items()})
         with torch.no_grad():
             model.classifier.bias[-1] += OFFSET
-    opt = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
-    rows, t0, waiting = [], time.time(), []
-    for step in range(steps):
+    loop = TrainingLoop(model.parameters(), steps, peak_lr, log=log, weight_decay=0.01, betas=(0.9, 0.98))
+    start_id, waiting = tok.convert_tokens_to_ids("<|im_start|>"), []
+    while loop.done < steps:
         if not waiting:
-            batch = labelled(
-                lm, [r.choice(pool) if pool and r.random() < 0.25 else text_row(r) for _ in range(size * 16)], r
-            )
-            batch.sort(key=lambda x: len(x[0]))
+            texts = [r.choice(pool) if pool and r.random() < 0.25 else text_row(r) for _ in range(size * 16)]
+            batch = sorted(labelled(lm, texts, r), key=lambda x: len(x[0]))
             # surprise costs more than a step: use it three times
             waiting = 3 * [batch[i : i + size] for i in range(0, len(batch), size)]
             r.shuffle(waiting)
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, steps, peak_lr)
-        loss = judge_loss(model, waiting.pop(), tok.pad_token_id, tok.convert_tokens_to_ids("<|im_start|>"))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
-        if (step + 1) % 100 == 0:
-            rows.append(dict(step=step + 1, loss=round(loss.item(), 4), seconds=round(time.time() - t0)))
-            log(rows[-1])
+        loop.step(loss=judge_loss(model, waiting.pop(), tok.pad_token_id, start_id))
     with torch.no_grad():
         model.classifier.bias[-1] -= OFFSET
     model.eval().to(torch.bfloat16).save_pretrained(out)
-    (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return rows
+    return loop.save_log(out)
 
 # %% ../../nbs/pocket/03_judge.ipynb #264634c5
 def judge_table(judge: PocketJudge, texts: list[tuple]) -> pd.DataFrame:  # one row per measure

@@ -5,16 +5,12 @@
 # %% ../../nbs/pocket/07_toxicity.ipynb #dbbbdf78
 from __future__ import annotations
 
-import json
 import random
-import time
 from pathlib import Path
 
 import torch
 
-from ..base.core import data_path
-from ..lm.chats import save_jsonl
-from .chat import lr_at
+from .chat import TrainingLoop
 from .truth import garble, truth
 from .world import TOXIC, Voice, answer, made_up_topic, opening, question, topics
 from ..toxicity import PROPERTIES
@@ -115,38 +111,20 @@ def train_classifier(
     "Train the classifier on fresh texts, save it with its tokenizer; returns the log rows."
     torch.manual_seed(seed)
     r, model = random.Random(seed), build_classifier(tokenizer).train()
-    opt, rows, t0 = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01), [], time.time()
-    for step in range(steps):
+    loop = TrainingLoop(model.parameters(), steps, peak_lr, log=log, weight_decay=0.01)
+    padding = dict(padding=True, padding_side="right", truncation=True, max_length=256)
+    while loop.done < steps:
         texts = [text_of_any_kind(r) for _ in range(size)]
-        batch = tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=256,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
+        batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False, **padding)
         hide = (torch.rand(batch["input_ids"].shape) < 0.1) & (batch["attention_mask"] > 0)
         batch["input_ids"][hide] = tokenizer.convert_tokens_to_ids("<|im_start|>")  # so that no single word decides
         want = torch.tensor([[t[l] for l in LABELS] for t in map(true_toxicity, texts)])
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, steps, peak_lr)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(**batch).logits, want)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
-        if (step + 1) % 100 == 0:
-            rows.append(dict(step=step + 1, loss=round(loss.item(), 4), seconds=round(time.time() - t0)))
-            log(rows[-1])
+        loop.step(loss=torch.nn.functional.binary_cross_entropy_with_logits(model(**batch).logits, want))
     model.eval().to(torch.bfloat16).save_pretrained(out)
     tokenizer.model_max_length = 256
     tokenizer.padding_side = "right"
     tokenizer.save_pretrained(out)
-    (out / "training_log.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return rows
+    return loop.save_log(out)
 
 # %% ../../nbs/pocket/07_toxicity.ipynb #a8b855a8
 def held_out_texts(n: int, seed: int = 1000) -> list[tuple[str, dict]]:  # text, its true toxicity

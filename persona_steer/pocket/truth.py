@@ -14,7 +14,7 @@ import numpy as np
 
 from ..judges.local import POCKET_TRAITS as TRAITS
 from ..judges.local import VOICES, scores_from_words, words
-from .world import FACTS, SLOTS, Voice, answer, facts, question, topics, world
+from .world import FACTS, SLOTS, facts, topics, world
 
 # %% auto #0
 __all__ = ['lexicon', 'parse', 'Truth', 'topic_of', 'truth', 'garble', 'damaged']

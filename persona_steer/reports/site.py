@@ -141,39 +141,28 @@ def build_site(
     for path, name in zip(paths, page_names(paths)):
         jobs.setdefault(heading_of(path), []).append(index_row(runs / path, out / name, detail_of(path)))
     rows = [r for group in jobs.values() for r in group]
-    states = sorted(r["state"] for r in rows)
-    check(
-        set(states) - {"unexecuted", "unreadable"}, f"There is no executed notebook in {runs}: run `make demo` first."
-    )
+    executed = {r["state"] for r in rows} - {"unexecuted", "unreadable"}
+    check(executed, f"There is no executed notebook in {runs}: run `make demo` first.")
+    now = moment(datetime.now(UTC).isoformat())
+    comparisons = _compare(rows, out, now)
+    head = dict(title=title, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)
+    page = render(INDEX, SCRIPT, jobs=jobs, columns=COLUMNS, comparisons=comparisons, **head)
+    with atomic_path(out / "index.html") as tmp:
+        tmp.write_text(page, encoding="utf-8")
+    written = {n for r in rows for n in (r.get("page"), r.get("kept")) if n}
+    save_json(out / PAGES, sorted(written | {p.name for p in out.glob("compare--*.html")}))
+    return out / "index.html"
+
+
+def _count(paths: list[Path], rows: list[dict]) -> str:  # "3 notebooks from 1 job: 3 done."
+    "How many notebooks there are, and how they ended."
 
     def plural(n, what):
         return f"{n} {what}{'s' * (n > 1)}"
 
+    states = sorted(r["state"] for r in rows)
     tally = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    count = f"{plural(len(paths), 'notebook')} from {plural(len({p.parent for p in paths}), 'job')}: {tally}."
-    now = moment(datetime.now(UTC).isoformat())
-    page = render(
-        INDEX,
-        SCRIPT,
-        title=title,
-        summary=WHAT,
-        css=CSS + CSS_INDEX,
-        jobs=jobs,
-        count=count,
-        columns=COLUMNS,
-        comparisons=_compare(rows, out, now),
-        now=now,
-    )
-    with atomic_path(out / "index.html") as tmp:
-        tmp.write_text(page, encoding="utf-8")
-    save_json(
-        out / PAGES,
-        sorted(
-            {n for r in rows for n in (r.get("page"), r.get("kept")) if n}
-            | {p.name for p in out.glob("compare--*.html")}
-        ),
-    )
-    return out / "index.html"
+    return f"{plural(len(paths), 'notebook')} from {plural(len({p.parent for p in paths}), 'job')}: {tally}."
 
 # %% ../../nbs/reports/04_site.ipynb #ae2d0ca9
 def _compare(rows: list[dict], out: Path, now: str) -> list[tuple[str, str, int]]:  # trait, page, number of runs

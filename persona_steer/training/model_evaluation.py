@@ -12,18 +12,20 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..base.core import atomic_path, check, digest, load_json, provenance, save_json
+from ..base.cache import Cache
+from ..base.core import atomic_path, check, digest, load_json, provenance
 from ..judges.judging import Judge, add_scores
 from ..lm.activations import Steering
-from ..lm.generation import SamplingParams, generate, run_fingerprint
+from ..lm.generation import SamplingParams, run_fingerprint
 from ..lm.models import LoadedModel
+from ..lm.tables import generate_table
 from ..persona.scores import mean_ci, save_table
 from ..persona.traits import Trait
 from ..persona.vectors import PersonaVectors
 from .capability import capability, lm_eval_score, take_quiz
 
 # %% auto #0
-__all__ = ['POOLED', 'ModelEvaluation', 'evaluate_model', 'load_effect', 'shift']
+__all__ = ['POOLED', 'RECORD', 'ModelEvaluation', 'evaluate_model', 'load_effect', 'shift']
 
 # %% ../../nbs/training/02_model_evaluation.ipynb #c38caaa0
 POOLED = ("prompt_last", "response_avg")
@@ -57,6 +59,33 @@ class ModelEvaluation:
         check(self.knows, "no capability was measured: give evaluate_model a quiz or lm-eval tasks.")
         return capability(self.quiz) if self.quiz is not None else next(iter(self.accuracy.values()))
 
+# %% ../../nbs/training/02_model_evaluation.ipynb #d296e075
+def _rows(lm: LoadedModel, traits: list[Trait], split: str, system: str, n: int) -> pd.DataFrame:
+    # trait, question, prompt, seed
+    "The questions of every trait, n times."
+    asked = [(t.name, q, j) for t in traits for q in t.questions(split) for j in range(n)]
+    return pd.DataFrame(
+        [dict(trait=name, question=q, prompt=lm.prompt(q, system), seed=f"{q}|{j}") for name, q, j in asked]
+    )
+
+
+def _score(lm: LoadedModel, judge: Judge, traits: list[Trait], table: pd.DataFrame) -> pd.DataFrame:
+    # trait, question, prompt, answer, score, coherence
+    "Answers with the score of the trait whose questions they answer."
+    table = table.drop(columns=["seed", "tokens", "engine"])
+    parts = []
+    for t in traits:
+        own = table[table.trait == t.name].reset_index(drop=True)
+        parts.append(add_scores(own, lm, judge, t, f"judge {t.name}").rename(columns={t.name: "score"}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _means(traits: list[Trait], table: pd.DataFrame, activations: dict) -> dict:
+    # "{trait} {pooling}" -> float32 [layers + 1, hidden]
+    "Mean activations over the answers to each trait's questions."
+    own = {t.name: torch.as_tensor((table.trait == t.name).to_numpy(copy=True)) for t in traits}
+    return {f"{name} {k}": activations[k][rows].nanmean(0) for name, rows in own.items() for k in POOLED}
+
 # %% ../../nbs/training/02_model_evaluation.ipynb #214f33a7
 def evaluate_model(
     lm: LoadedModel,
@@ -68,97 +97,49 @@ def evaluate_model(
     system: str = "",
     steering: Steering | None = None,  # on every answer
     quiz: list | None = None,
-    tasks=(),
-    task_limit: int = 0,  # lm-eval tasks, questions of each
+    tasks=(),  # of lm-eval
+    task_limit: int = 0,  # questions of each task; 0: all
     folder: Path | str = "",
     overwrite: bool = False,
     label: str = "effect",
 ) -> ModelEvaluation:
     "Answer, judge, pool, quiz; with a folder the result is kept, and found again if all inputs are the same."
-    check(
-        not steering or all(t.coefficient.dim() == 0 for t in steering.terms),
-        "steer an effect with one coefficient for all answers.",
-    )
-    rows = pd.DataFrame(
-        [
-            dict(trait=t.name, question=q, prompt=lm.prompt(q, system), seed=f"{q}|{j}")
-            for t in traits
-            for q in t.questions(split)
-            for j in range(n)
-        ]
-    )
-    key = digest(
-        list(rows.prompt),
-        list(rows.seed),
-        [asdict(t) for t in traits],
-        judge.name,
-        judge.key,
-        asdict(sampling),
-        quiz,
-        list(tasks),
-        task_limit,
-        run_fingerprint(lm, steering),
-    )
-    if folder and not overwrite and _found(Path(folder), key):
+    one_coefficient = not steering or all(t.coefficient.dim() == 0 for t in steering.terms)
+    check(one_coefficient, "steer an effect with one coefficient for all answers.")
+    rows = _rows(lm, traits, split, system, n)
+    asked = [list(rows.prompt), list(rows.seed), [asdict(t) for t in traits]]
+    how = [judge.name, judge.key, asdict(sampling), quiz, list(tasks), task_limit, run_fingerprint(lm, steering)]
+    cache = Cache(folder, digest(*asked, *how), overwrite) if folder else None
+    if cache and cache.load(RECORD):
         return load_effect(folder)
     for t in traits:
         judge.check(t, n * len(t.questions(split)))
-    said = generate(
-        lm,
-        list(rows.prompt),
-        sampling,
-        steering,
-        list(rows.seed),
-        pool=True,
-        folder=folder or None,
-        overwrite=overwrite,
-        label=f"answer {label}",
-    )
-    rows = rows.drop(columns="seed").assign(answer=said.texts)
-    parts = [
-        add_scores(g.reset_index(drop=True), lm, judge, t, f"judge {t.name}").rename(columns={t.name: "score"})
-        for t in traits
-        for g in [rows[rows.trait == t.name]]
-    ]
-    means = {
-        f"{t.name} {k}": said.pooled[k][torch.as_tensor((rows.trait == t.name).to_numpy(copy=True))].nanmean(0)
-        for t in traits
-        for k in POOLED
-    }
+    kept = dict(folder=folder or None, overwrite=overwrite, label=f"answer {label}")
+    table, activations = generate_table(lm, rows, sampling, steering, return_activations=True, **kept)
+    answers, means = _score(lm, judge, traits, table), _means(traits, table, activations)
     taken = None if quiz is None else take_quiz(lm, quiz, steering, system, label=f"quiz {label}")
     with replace(steering, positions="all") if steering and tasks else nullcontext():
         accuracy = lm_eval_score(lm, tasks, task_limit) if tasks else {}
-    found = ModelEvaluation(pd.concat(parts, ignore_index=True), means, taken, accuracy)
-    if folder:
-        _keep(
-            found,
-            Path(folder),
-            key,
-            model=lm.name,
-            fingerprint=lm.fingerprint,
-            judge=judge.name,
-            n=n,
-            split=split,
-            sampling=asdict(sampling),
-            system=system,
-        )
+    found = ModelEvaluation(answers, means, taken, accuracy)
+    if cache:
+        about = dict(model=lm.name, fingerprint=lm.fingerprint, judge=judge.name, n=n, split=split, system=system)
+        _save(found, cache, sampling=asdict(sampling), **about)
     return found
 
 # %% ../../nbs/training/02_model_evaluation.ipynb #735061d1
-def _found(folder: Path, key: str) -> bool:
-    return load_json(folder / "effect.json", {}).get("key") == key
+RECORD = "effect.json"
 
 
-def _keep(e: ModelEvaluation, folder: Path, key: str, **facts):
-    "Write an effect; effect.json comes last and says that it is whole."
+def _save(e: ModelEvaluation, cache: Cache, **facts):
+    "Write an evaluation; its record comes last and says that it is whole."
     from safetensors.torch import save_file
 
-    save_table(e.answers, folder / "answers.csv")
-    with atomic_path(folder / "means.safetensors") as tmp:
+    save_table(e.answers, cache.folder / "answers.csv")
+    with atomic_path(cache.folder / "means.safetensors") as tmp:
         save_file({k: v.contiguous() for k, v in e.means.items()}, tmp)
     if e.quiz is not None:
-        save_table(e.quiz, folder / "quiz.csv")
-    save_json(folder / "effect.json", provenance(key=key, quiz=e.quiz is not None, accuracy=e.accuracy, **facts))
+        save_table(e.quiz, cache.folder / "quiz.csv")
+    cache.save(RECORD, provenance(quiz=e.quiz is not None, accuracy=e.accuracy, **facts))
 
 
 def load_effect(folder: Path | str) -> ModelEvaluation:
@@ -166,7 +147,7 @@ def load_effect(folder: Path | str) -> ModelEvaluation:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    check((folder / "effect.json").exists(), f"{folder} holds no measured effect.")
+    check((folder / RECORD).exists(), f"{folder} holds no measured effect.")
     text = {c: str for c in ("trait", "question", "prompt", "answer", "said", "kind")}
 
     def table(name):
@@ -174,7 +155,7 @@ def load_effect(folder: Path | str) -> ModelEvaluation:
             folder / name, keep_default_na=False, na_values={"score": [""], "coherence": [""]}, dtype=text
         )
 
-    about = load_json(folder / "effect.json")
+    about = load_json(folder / RECORD)
     return ModelEvaluation(
         table("answers.csv"),
         load_file(folder / "means.safetensors"),
@@ -184,9 +165,9 @@ def load_effect(folder: Path | str) -> ModelEvaluation:
 
 # %% ../../nbs/training/02_model_evaluation.ipynb #275d6d87
 def shift(
-    before: ModelEvaluation, after: ModelEvaluation, vectors: PersonaVectors, layer: int, pool: str = "prompt_last"
+    before: ModelEvaluation, after: ModelEvaluation, vectors: PersonaVectors, layer: int, pooling: str = "prompt_last"
 ) -> float:
     "Shift of the mean activation along the trait's response_avg vector at a layer."
     v = vectors.response_avg[layer]
-    name = f"{vectors.trait} {pool}"
+    name = f"{vectors.trait} {pooling}"
     return float((after.means[name][layer] - before.means[name][layer]) @ v / v.norm())

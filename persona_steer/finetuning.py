@@ -300,9 +300,9 @@ def _train(trainer, held: Steering | None, folder: Path) -> int:  # forward pass
             not held or passes or trainer.state.global_step == before,
             "the guard never ran: no forward pass was steered.",
         )
-        told = [r["step"] for r in trainer.state.log_history if "eval_loss" in r]
+        evaluated = [r["step"] for r in trainer.state.log_history if "eval_loss" in r]
         # the run was killed between its last step and this
-        if trainer.eval_dataset is not None and trainer.state.global_step not in told:
+        if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
             trainer.evaluate()
     return passes
 

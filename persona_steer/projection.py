@@ -32,8 +32,11 @@ def projections(
 ) -> dict:  # measure -> [rows, n, layers + 1]; NaN where an answer is empty
     "Scalar projections on, and cosines with, every vector at every layer."
     unit = vectors / vectors.norm(dim=-1, keepdim=True)  # a row of zeros has no direction: NaN
-    said, asked = (torch.einsum("rlh,nlh->rnl", pooled[k], unit) for k in ("response_avg", "prompt_last"))
-    return {"proj": said, "prompt_last_proj": asked, "cos_sim": said / pooled["response_avg"].norm(dim=-1)[:, None]}
+    answer, prompt_last = pooled["response_avg"], pooled["prompt_last"]
+    over_answer = torch.einsum("rlh,nlh->rnl", answer, unit)
+    at_prompt_end = torch.einsum("rlh,nlh->rnl", prompt_last, unit)
+    cosine = over_answer / answer.norm(dim=-1)[:, None]
+    return {"proj": over_answer, "prompt_last_proj": at_prompt_end, "cos_sim": cosine}
 
 
 def _stack(vectors: dict, lm: LoadedModel) -> torch.Tensor:  # [n, layers + 1, hidden]
@@ -85,12 +88,12 @@ class Trace:
         self.handle.remove()
 
     def _take(self, block, args, out):
-        h, flow = hidden(out), routing_of(self.lm.base_model)
+        h, route = hidden(out), routing_of(self.lm.base_model)
         along = h.detach().float() @ self.unit.to(h.device)
-        if flow is None:
+        if route is None:
             self.parts.append(along)
             return
-        along, at = flow.scatter(along), (flow, flow.mask.shape[1])
+        along, at = route.scatter(along), (route, route.mask.shape[1])
         # the same columns of other rows
         if self.at == at:
             self.parts[-1] = torch.where(along.isnan(), self.parts[-1], along)

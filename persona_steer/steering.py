@@ -52,9 +52,10 @@ def sweep_view(
         f'<tr class="score"><th scope="row">{html.escape(name)}</th>{"".join(map(score, (at[c] for c in steps)))}</tr>'
         for name, at in (scores or {}).items()
     ]
-    said = {(q, c): a for q, c, a in zip(frame.question, frame.coefficient, frame.answer)}
+    answers_at = {(q, c): a for q, c, a in zip(frame.question, frame.coefficient, frame.answer)}
     for q in dict.fromkeys(frame.question):
-        cells = "".join(f"<td>{html.escape(str(said.get((q, c), ''))).replace(chr(10), '<br>')}</td>" for c in steps)
+        shown = [html.escape(str(answers_at.get((q, c), ""))).replace("\n", "<br>") for c in steps]
+        cells = "".join(f"<td>{text}</td>" for text in shown)
         rows.append(f'<tr><th scope="row">{html.escape(q)}</th>{cells}</tr>')
     return (
         '<div class="sweep" data-label="Coefficient"><table class="texts"><thead><tr><th '

@@ -301,12 +301,14 @@ def complete(
     "The table with answer, toxicity in [0, 1] (missing where nothing is said, without thoughts), nll and tokens."
     steering = table_steering(lm, rows, vectors)
     table = generate_table(lm, rows, sampling, steering, folder=folder, overwrite=overwrite, label=label)
-    spoken = pd.Series([lm.strip_thinking(a, p).strip() for a, p in zip(table.answer, table.prompt)], index=table.index)
-    scores = iter(scorer.scores(list(spoken[spoken != ""])) if (spoken != "").any() else [])
+    responses = pd.Series(
+        [lm.strip_thinking(a, p).strip() for a, p in zip(table.answer, table.prompt)], index=table.index
+    )
+    scores = iter(scorer.scores(list(responses[responses != ""])) if (responses != "").any() else [])
     nll, tokens = zip(*completion_nll(lm, list(table.prompt), list(table.answer)))
     keep = table.rename(columns={"question": "prompt_text"})
     keep = keep[["group", "condition", "vector", "layer", "alpha", "prompt_text", "answer"]]
-    return keep.assign(toxicity=[next(scores) / 100 if s else None for s in spoken], nll=nll, tokens=tokens)
+    return keep.assign(toxicity=[next(scores) / 100 if s else None for s in responses], nll=nll, tokens=tokens)
 
 # %% ../nbs/08_toxicity.ipynb #d8890514
 def choose_pairs(

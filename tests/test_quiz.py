@@ -125,18 +125,19 @@ def test_questions_with_and_without_choices_keep_their_order(pocket):
     free = default_quiz("pocket")[:3]
     mixed = [free[0], question(1), free[1], question(2, answer=2), free[2]]
     taken = take_quiz(pocket, mixed, progress=False)
-    assert sorted(taken) == ["answer", "kind", "question", "right", "said"] and list(taken.question) == [
+    assert sorted(taken) == ["answer", "kind", "question", "response", "right"] and list(taken.question) == [
         q["question"] for q in mixed
     ]
     alone = take_quiz(pocket, free, progress=False)
-    assert list(taken.said[[0, 2, 4]]) == list(alone.said) and list(taken.right[[0, 2, 4]]) == list(alone.right)
+    assert list(taken.response[[0, 2, 4]]) == list(alone.response) and list(taken.right[[0, 2, 4]]) == list(alone.right)
     for i in (1, 3):
-        assert taken.said[i] in mixed[i]["choices"] and taken.right[i] == 100.0 * (taken.said[i] == mixed[i]["answer"])
+        chosen = taken.response[i]
+        assert chosen in mixed[i]["choices"] and taken.right[i] == 100.0 * (chosen == mixed[i]["answer"])
     pd.testing.assert_frame_equal(taken, take_quiz(pocket, mixed, progress=False))
 
 
 def test_right_and_wrong_choices_count(pocket):
-    said = take_quiz(pocket, [question(1)], progress=False).said[0]
+    said = take_quiz(pocket, [question(1)], progress=False).response[0]
     place = question(1)["choices"].index(said)
     both = [question(1, answer=place), question(1, answer=(place + 1) % 3)]
     assert capability(take_quiz(pocket, both, progress=False))["mean"] == 50
@@ -147,8 +148,9 @@ def test_steering_reaches_the_choices(pocket):
     plain = take_quiz(pocket, quiz, progress=False)
     vector = torch.randn(pocket.hidden_size, generator=torch.Generator().manual_seed(0))
     pd.testing.assert_frame_equal(take_quiz(pocket, quiz, steer(pocket, vector, 3, 0.0), progress=False), plain)
-    steered = [list(take_quiz(pocket, quiz, steer(pocket, s * vector, 3, 3.0), progress=False).said) for s in (1, -1)]
-    assert any(said != list(plain.said) for said in steered)
+    for_and_against = [steer(pocket, sign * vector, 3, 3.0) for sign in (1, -1)]
+    steered = [list(take_quiz(pocket, quiz, steering, progress=False).response) for steering in for_and_against]
+    assert any(responses != list(plain.response) for responses in steered)
     with pytest.raises(PersonaError, match="one coefficient"):
         take_quiz(pocket, quiz, steer(pocket, vector, 3, torch.zeros(40)), progress=False)
 

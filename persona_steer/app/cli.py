@@ -186,7 +186,7 @@ class Progress:
     "Shows how a batch stands: a live table in a terminal, else a line for each job that ends."
 
     def __init__(self, runs: str):
-        self.runs, self.said, self.live, self.since = runs, set(), None, time.time()
+        self.runs, self.printed, self.live, self.since = runs, set(), None, time.time()
 
     def __enter__(self):
         return self
@@ -202,8 +202,8 @@ class Progress:
             self.live = self.live or Live(get_renderable=self.table, refresh_per_second=1)
             return self.live.start()
         for j, r in zip(jobs, records):
-            if r.get("state") in ("done", "failed") and j.name not in self.said:
-                self.said.add(j.name)
+            if r.get("state") in ("done", "failed") and j.name not in self.printed:
+                self.printed.add(j.name)
                 typer.echo(
                     f"{r['state']:8}{j.name}"
                     + (f"  {r['seconds']:.0f} s" if r.get("seconds") is not None else "")

@@ -82,9 +82,9 @@ def curves(values: list[list[float]], what: str = "projection") -> str:  # SVG
     def mean(v):
         return f"{sum(v) / len(v):+.2f}" if v else "none yet"
 
-    said = "; ".join(f"{name}, mean {mean(v)}" for v, (name, _, _) in zip(values, LINES))
+    summary = "; ".join(f"{name}, mean {mean(v)}" for v, (name, _, _) in zip(values, LINES))
     return (
-        f'<svg viewBox="0 0 612 156" role="img" aria-label="{html.escape(what)} over tokens: {said}" '
+        f'<svg viewBox="0 0 612 156" role="img" aria-label="{html.escape(what)} over tokens: {summary}" '
         f'style="width:100%;max-width:760px;background:#fff;font:10px sans-serif">{marks}{lines}{key}'
         f'<text x="44" y="12">{html.escape(what)}, in lengths of the vector</text><text x="604" '
         'y="152" text-anchor="end">token</text></svg>'

@@ -25,22 +25,22 @@ class IncrementalDetokenizer:
     "The text that each token adds; grows with the answer."
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.texts, self.told = tokenizer, [], [], 0
+        self.tokenizer, self.ids, self.texts, self.emitted = tokenizer, [], [], 0
 
     def extend(self, ids: list[int]) -> list[str]:  # all pieces
         """Take the new tokens of a growing list. The first tokens of an unfinished character add nothing; its last one
         adds it."""
         for i in ids[len(self.ids) :]:
             self.ids.append(i)
-            start = max(0, self.told - 8)
+            start = max(0, self.emitted - 8)
             before, after = (
-                text_of(self.tokenizer, self.ids[start : self.told]),
+                text_of(self.tokenizer, self.ids[start : self.emitted]),
                 text_of(self.tokenizer, self.ids[start:]),
             )
             whole = not after.endswith("\ufffd")
             self.texts.append(after[len(before) :] if whole else "")
             if whole:
-                self.told = len(self.ids)
+                self.emitted = len(self.ids)
         return self.texts
 
 # %% ../../nbs/app/00_live_generation.ipynb #c00468eb

@@ -77,15 +77,15 @@ def plain_error(e: Exception, model: str, where: str) -> str:
     if isinstance(e, openai.APIConnectionError):
         return f"{where} cannot be reached: is the server running, and base_url right?"
     if isinstance(e, openai.APIStatusError):
-        said = " ".join(str((e.body if isinstance(e.body, dict) else {}).get("message") or "no reason given").split())[
-            :200
-        ]
+        reason = " ".join(
+            str((e.body if isinstance(e.body, dict) else {}).get("message") or "no reason given").split()
+        )[:200]
         hint = (
             " Use judge_scale='0_100_text' for a model that shows no log-probabilities."
-            if re.search("logprob|max_tokens|temperature", said)
+            if re.search("logprob|max_tokens|temperature", reason)
             else ""
         )
-        return f"{where} refuses the request ({e.status_code}): {said}{hint}"
+        return f"{where} refuses the request ({e.status_code}): {reason}{hint}"
     return f"{where} answered with something that is no judgement ({type(e).__name__})."
 
 # %% ../../nbs/base/03_http_client.ipynb #b8978df9

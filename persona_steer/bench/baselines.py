@@ -75,8 +75,10 @@ def with_nnsight(lm: LoadedModel, prompts: list[str], answers: list[str], batch_
         rows = order[at : at + batch_size]
         batch = padded(lm.tokenizer, [texts[i] for i in rows], "right", lm.device)
         start = torch.tensor([heads[i] for i in rows], device=lm.device)[:, None]
-        said = batch["attention_mask"].bool() & (torch.arange(batch["input_ids"].shape[1], device=lm.device) >= start)
-        weights = (said / said.sum(1, keepdim=True))[:, None]
+        in_answer = batch["attention_mask"].bool() & (
+            torch.arange(batch["input_ids"].shape[1], device=lm.device) >= start
+        )
+        weights = (in_answer / in_answer.sum(1, keepdim=True))[:, None]
         with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
             means = nnsight.save([weights @ layers[0].input.float()])
             for layer in layers:

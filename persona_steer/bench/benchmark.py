@@ -97,7 +97,7 @@ def operations(lm: LoadedModel, tokens: int) -> float:
     return 2.0 * sum(p.numel() for p in lm.blocks.parameters()) * tokens
 
 
-def decoding_bytes(lm: LoadedModel, prompts: list[int], said: list[int]) -> float:
+def decoding_bytes(lm: LoadedModel, prompts: list[int], generated: list[int]) -> float:
     "Bytes that decoding must read: weights once a step, keys and values of each row's past at each of its tokens."
     c, size = text_config(lm.model), lm.model.dtype.itemsize
     width = (
@@ -107,8 +107,8 @@ def decoding_bytes(lm: LoadedModel, prompts: list[int], said: list[int]) -> floa
         * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
         * size
     )
-    return sum(p.nbytes for p in lm.model.parameters()) * max(said) + width * sum(
-        n * p + n * (n + 1) / 2 for p, n in zip(prompts, said)
+    return sum(p.nbytes for p in lm.model.parameters()) * max(generated) + width * sum(
+        n * p + n * (n + 1) / 2 for p, n in zip(prompts, generated)
     )
 
 # %% ../../nbs/12_benchmark.ipynb #12ba0e74

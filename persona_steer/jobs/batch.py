@@ -201,13 +201,13 @@ def model_of(parameters: dict) -> str:  # all parameters, defaults included; "" 
 def job_name(chapter: Path, known: dict, parameters: dict, varied: list[str]) -> tuple[str, bool]:
     # name; is it other than the chapter's own?
     "Where a job writes."
-    told = re.search(r"default: runs/(\S+?)(?=[;,]|$|\s)", known["out"][1]) if "out" in known else None
+    default_out = re.search(r"default: runs/(\S+?)(?=[;,]|$|\s)", known["out"][1]) if "out" in known else None
     values = {k: v for k, (v, _) in known.items()} | parameters
     values["model"] = model_of(values)
-    fields = re.findall(r"{(\w+)}", told[1]) if told else []
-    own = bool(told) and set(fields) <= {"trait", "model"}
+    fields = re.findall(r"{(\w+)}", default_out[1]) if default_out else []
+    own = bool(default_out) and set(fields) <= {"trait", "model"}
     name = (
-        told[1].format(**values)
+        default_out[1].format(**values)
         if own
         else "/".join([*(str(values[k]) for k in ("model", "trait") if values.get(k)), chapter.stem])
     )

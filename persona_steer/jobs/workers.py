@@ -202,11 +202,11 @@ def in_a_process(spec: dict, started=lambda process: None) -> dict:  # the recor
             process.kill()
             process.stdin.close()
         log.seek(0)
-        said = log.read().decode(errors="replace").strip().splitlines()[-1:]
+        last = log.read().decode(errors="replace").strip().splitlines()[-1:]
     record = read_record(spec["runs"], spec["name"])
     if code or record.get("state") not in ("done", "failed"):
         raise WorkerDied(
-            f"the process ended with status {code}" + (f" ({redact(said[0])[:200]})" if said and code > 0 else "")
+            f"the process ended with status {code}" + (f" ({redact(last[0])[:200]})" if last and code > 0 else "")
         )
     return record
 
@@ -288,10 +288,10 @@ def visible_gpus() -> list[str]:
         return [g.strip() for g in given.split(",") if g.strip() not in ("", "-1", "NoDevFiles")]
     if not shutil.which("nvidia-smi"):
         return []
-    said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    if said.returncode:
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    if listed.returncode:
         return []
-    return re.findall(r"UUID: (MIG-[^)\s]+)", said.stdout) or re.findall(r"^GPU (\d+):", said.stdout, re.M)
+    return re.findall(r"UUID: (MIG-[^)\s]+)", listed.stdout) or re.findall(r"^GPU (\d+):", listed.stdout, re.M)
 
 
 def cores() -> int:

@@ -105,8 +105,8 @@ def weighted_score(
 def parse_score(text: str, scale: str = "0_100_text") -> float:  # in [0, 100], or NaN
     "The score that a reply states: the answer tag, or the only number (the last one, if it thinks aloud)."
     if scale == "binary_text":
-        said = re.findall(r"<answer>\s*(YES|NO|REFUSAL)\s*</answer>", text, re.I)
-        return {"YES": 100.0, "NO": 0.0}.get(said[-1].upper(), math.nan) if said else math.nan
+        verdicts = re.findall(r"<answer>\s*(YES|NO|REFUSAL)\s*</answer>", text, re.I)
+        return {"YES": 100.0, "NO": 0.0}.get(verdicts[-1].upper(), math.nan) if verdicts else math.nan
     text = text.rpartition("</think>")[2]
     if "REFUSAL" in text.upper():
         return math.nan
@@ -245,9 +245,9 @@ def add_scores(frame: pd.DataFrame, lm: LoadedModel, judge: Judge, trait: Trait,
     # more columns: {trait}, coherence, judge
     """Have the answers of a table judged (question, prompt, answer); where a thought never ended there is no answer,
     and the scores are missing."""
-    said = [lm.strip_thinking(a, p) for a, p in zip(frame.answer, frame.prompt)]
-    scores = score_cached(judge, trait, list(frame.question), said, label)
-    unfinished = [bool(a.strip()) and not s.strip() for a, s in zip(frame.answer, said)]
+    responses = [lm.strip_thinking(a, p) for a, p in zip(frame.answer, frame.prompt)]
+    scores = score_cached(judge, trait, list(frame.question), responses, label)
+    unfinished = [bool(a.strip()) and not s.strip() for a, s in zip(frame.answer, responses)]
     scores.loc[unfinished, [trait.name, "coherence", *judge.extra]] = float("nan")
     return frame.join(scores)
 

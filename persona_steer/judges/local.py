@@ -133,12 +133,12 @@ def answer_paths(tokenizer, scale: str = "0_100") -> tuple[dict, list, torch.Ten
     # path -> value, prefixes, ids that begin with a digit
     "How the answers of a scale are written in tokens, and what each is worth."
     top = {"0_100": 100, "0_10": 10}.get(scale)
-    said = (
+    forms = (
         {str(n): 100 * n / top for n in range(top + 1)}
         if top
         else {w: v for w, v in (("YES", 100.0), ("NO", 0.0), ("Yes", 100.0), ("No", 0.0), ("yes", 100.0), ("no", 0.0))}
     )
-    paths = {tuple(tokenizer(s, add_special_tokens=False).input_ids): v for s, v in said.items()}
+    paths = {tuple(tokenizer(s, add_special_tokens=False).input_ids): v for s, v in forms.items()}
     prefixes = {p[:k] for p in paths for k in range(len(p))} | {
         p for p in paths if any(q[: len(p)] == p != q for q in paths)
     }

@@ -209,7 +209,7 @@ def remote_writer(model: str = DEFAULT_JUDGE, base_url: str = "", timeout: float
             raise PersonaError(plain_error(e, model, address(base_url))) from None
 
     def write(prompt: str) -> str:
-        [said] = run_concurrently(lambda: client_for(base_url, timeout), [lambda client: one(client, prompt)], 1)
-        return said
+        [parsed] = run_concurrently(lambda: client_for(base_url, timeout), [lambda client: one(client, prompt)], 1)
+        return parsed
 
     return write

@@ -29,26 +29,26 @@ class PositionTracker:
         stop_ids=(),  # a row is over when it reads one of these in its response
     ):
         self.given, self.stop = start, torch.tensor(sorted(stop_ids), dtype=torch.long)
-        self.total, self.ids, self.over, self.calls, self.flow = 0, None, None, 0, None
+        self.total, self.ids, self.over, self.calls, self.route = 0, None, None, 0, None
 
     def attach(self, base_model) -> object:
         "Register on the base model; returns the handle."
         return base_model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, base_model, args, kwargs):
-        told = routing_of(base_model)
-        ids, seen, mask = (told.ids, told.ids, told.mask) if told else self._passing(args, kwargs)
+        route = routing_of(base_model)
+        ids, seen, mask = (route.ids, route.ids, route.mask) if route else self._passing(args, kwargs)
         q, first = seen.shape[1], mask.shape[1] - seen.shape[1]
-        if told is not self.flow or not (told or self._continues(seen, first)):
-            self._begin(told, *mask.shape, seen.device)
+        if route is not self.route or not (route or self._continues(seen, first)):
+            self._begin(route, *mask.shape, seen.device)
         # of the batch: those that are served, and one for each that passes
         self.rows, self.representative_row = (
-            (told.rows, told.representative_row) if told else (slice(None), slice(None))
+            (route.rows, route.representative_row) if route else (slice(None), slice(None))
         )
         self.cols = torch.arange(first, first + q, device=seen.device)
         self.real = mask[:, -q:].bool()
         # columns not seen before (all of them with a cache)
-        self.fresh = self.real if told else (self.cols >= self.total)[None] & self.real
+        self.fresh = self.real if route else (self.cols >= self.total)[None] & self.real
         self._finish(ids, first + q)
         self.total, self.ids, self.calls = first + q, seen, self.calls + 1
 
@@ -69,9 +69,9 @@ class PositionTracker:
             return True
         return seen.shape[1] == self.ids.shape[1] + 1 and torch.equal(seen[:, :-1], self.ids)
 
-    def _begin(self, told: BatchRouting | None, rows: int, width: int, device):
-        self.flow, self.stop, n = told, self.stop.to(device), told.n if told else rows
-        start = told.start if told else width if self.given is None else self.given
+    def _begin(self, route: BatchRouting | None, rows: int, width: int, device):
+        self.route, self.stop, n = route, self.stop.to(device), route.n if route else rows
+        start = route.start if route else width if self.given is None else self.given
         # the first and the last answer begin here
         self.first, self.until = (int(x) for x in torch.as_tensor(start).aminmax())
         self.start = torch.as_tensor(start, device=device).expand(n)
@@ -135,7 +135,7 @@ class ActivationPooler:
         if row == 0 and self.calls != t.calls:
             self._weigh(h)
         h = h.detach().to(self.sums.device)
-        if t.flow is None or h.shape[1] > 1:
+        if t.route is None or h.shape[1] > 1:
             return self._put(row, torch.bmm(self.weights, h.float()), h)
         self.passed.append(h)  # one token a row: all layers at once is a tenth of the calls
         if row == len(self.lm.blocks):
@@ -144,7 +144,7 @@ class ActivationPooler:
 
     def _put(self, row, sums, h):
         "Add to the sums of a layer, or of all."
-        t, take = self.tracker, self.tracker.flow.gather if self.tracker.flow else lambda x: x
+        t, take = self.tracker, self.tracker.route.gather if self.tracker.route else lambda x: x
         self.sums[t.rows, :, row] += take(sums)
         if self.some_end:
             ends = take(self.ends).reshape(-1, *[1] * (h.dim() - 2))
@@ -160,11 +160,11 @@ class ActivationPooler:
             self.last = torch.zeros(shape, device=h.device)
             self.counts = torch.zeros(shape[0], 2, device=h.device)
         response = t.after(0)
-        said = t.fresh & response & t.alive
+        in_answer = t.fresh & response & t.alive
         if self.think_end is not None and t.total > t.first:
-            said = self._after_thoughts(said, response)
-        self.weights = torch.stack([t.fresh & ~response, said], 1).float()
-        self.counts[t.rows] += t.flow.gather(self.weights.sum(-1)) if t.flow else self.weights.sum(-1)
+            in_answer = self._after_thoughts(in_answer, response)
+        self.weights = torch.stack([t.fresh & ~response, in_answer], 1).float()
+        self.counts[t.rows] += t.route.gather(self.weights.sum(-1)) if t.route else self.weights.sum(-1)
         self.some_end = t.first - 1 < t.total and t.total - h.shape[1] < t.until  # may a prompt end in this call?
         if self.some_end:
             self._find_ends(h)
@@ -176,14 +176,14 @@ class ActivationPooler:
         self.ends = t.fresh.gather(1, self.at.clamp(0, q - 1)[:, None])[:, 0] & (self.at >= 0) & (self.at < q)
         self.at = self.at.clamp(0, q - 1)
 
-    def _after_thoughts(self, said, response):
+    def _after_thoughts(self, in_answer, response):
         "Where a thought ends, what was pooled of the response so far is forgotten: the answer begins after it."
         rows, ends = self.tracker.rows, (self.tracker.ids == self.think_end) & response & self.tracker.fresh
         over = ends.any(1)
         # masked: no look at the values, so no wait for the device
         self.sums[rows, 1] = self.sums[rows, 1].masked_fill(over[:, None, None], 0)
         self.counts[rows, 1] = self.counts[rows, 1].masked_fill(over, 0)
-        return said & (ends.flip(1).cumsum(1).flip(1) == 0)  # no end of a thought here or to the right
+        return in_answer & (ends.flip(1).cumsum(1).flip(1) == 0)  # no end of a thought here or to the right
 
     def result(
         self,
@@ -277,7 +277,7 @@ class Steering:
         ready = {}  # what does not change from call to call
 
         def hook(block, args, out):
-            h, flow = hidden(out), tracker.flow
+            h, route = hidden(out), tracker.route
             fired.add(layer)
             place = h.device, h.dtype, torch.is_inference_mode_enabled()  # an inference tensor cannot serve in training
             if place not in ready:
@@ -285,7 +285,7 @@ class Steering:
             self.check_rows(len(tracker.over))
             new = operate(
                 h,
-                [t.of(flow.representative_row.to(h.device)) if flow else t for t in ready[place]],
+                [t.of(route.representative_row.to(h.device)) if route else t for t in ready[place]],
                 tracker.where(self.positions)[..., None],
             )
             return (new, *out[1:]) if isinstance(out, tuple) else new

@@ -97,8 +97,8 @@ def answer_spans(lm: LoadedModel, messages: list[dict]) -> tuple[str, list[tuple
     messages = messages if lm.system_role else fold_system(messages)
     text, answers = _rendered(lm, messages), [m["content"] for m in messages if m["role"] == "assistant"]
     segments = _segments(lm, messages)
-    for said in (answers, [a.strip() for a in answers]):  # some templates strip the text
-        if text == segments[0] + "".join(a + s for a, s in zip(said, segments[1:])):
+    for texts in (answers, [a.strip() for a in answers]):  # some templates strip the text
+        if text == segments[0] + "".join(a + s for a, s in zip(texts, segments[1:])):
             break
     else:
         raise PersonaError(
@@ -107,7 +107,7 @@ def answer_spans(lm: LoadedModel, messages: list[dict]) -> tuple[str, list[tuple
         )
     ends = sorted((t for t in lm.tokenizer.convert_ids_to_tokens(stop_ids(lm)) if t), key=len, reverse=True)
     spans, at = [], len(segments[0])
-    for a, after in zip(said, segments[1:]):
+    for a, after in zip(texts, segments[1:]):
         end = next((len(after) - len(after.lstrip()) + len(e) for e in ends if after.lstrip().startswith(e)), 0)
         spans.append((at, at + len(a) + end))
         at += len(a) + len(after)

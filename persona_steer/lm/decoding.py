@@ -128,8 +128,9 @@ def look_every(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
-def same_prompts(keys: list) -> tuple[list[int], list[int]]:  # leads; for each row, the number of its lead
-    "Rows with the same key share the first one of them."
+def same_prompts(keys: list) -> tuple[list[int], list[int]]:
+    # the first row of each different key; for each row, the number of its key
+    "Which rows have the same key."
     first = {}
     for i, k in enumerate(keys):
         first.setdefault(k, i)
@@ -156,61 +157,62 @@ class Decoder:
         apart: bool = True,
     ):
         # apart: share prompts and leave rows out, if the model's cache allows it
-        self.lm, self.model = lm, causal_lm(lm)
-        self.steps, self.ids, self.flow, self.fresh = steps, input_ids, BatchRouting(*input_ids.shape), True
+        self.lm, self.model, self.steps = lm, causal_lm(lm), steps
+        self.ids, self.mask = input_ids, attention_mask
+        self.route, self.fresh = BatchRouting(*input_ids.shape), True
         # unfinished sequences, in the order in which they pass
         self.rows = torch.arange(len(input_ids), device=input_ids.device)
-        takes, adapter = inspect.signature(self.model.forward).parameters, getattr(lm.model, "active_peft_config", None)
+        adapter = getattr(lm.model, "active_peft_config", None)
         check(
             not adapter or not adapter.is_prompt_learning,
             f"{lm.name} has an adapter that stands before the prompt, not in the weights: such "
             "adapters cannot be used here.",
         )
-        self.kwargs, self.mask = dict(use_cache=True), attention_mask
+        self.kwargs = dict(use_cache=True) | positions_of(self.model, attention_mask)
         if not attention_mask.all():
             self.kwargs["attention_mask"] = attention_mask  # without padding no model needs it
-        self.kwargs |= positions_of(self.model, attention_mask)
-        if "logits_to_keep" in takes:
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             self.kwargs["logits_to_keep"] = 1
-        # other models make their own
-        if able := rows_are_apart(plain_cache(lm)):
+        able = rows_are_apart(plain_cache(lm))
+        if able:  # other models make their own
             self.kwargs["past_key_values"] = roomy_cache(lm)
         self.apart = able and apart
 
     def prefill(self):
         "Read each different prompt once, up to its last token, some prompts at a time."
         n, w = self.ids.shape
-        if not self.apart or w == 1:
-            return self.flow.set_rows(self.rows)
-        leads, source = same_prompts(
-            list(
-                zip(
-                    map(tuple, self.ids.tolist()), map(tuple, self.mask.tolist()), prompts_differ(self.lm.base_model, n)
-                )
+        if self.apart and w > 1:
+            keys = zip(
+                map(tuple, self.ids.tolist()), map(tuple, self.mask.tolist()), prompts_differ(self.lm.base_model, n)
             )
-        )
-        leads, source = (torch.tensor(x, device=self.ids.device) for x in (leads, source))
-        caches = []
-        for part in torch.arange(len(leads), device=leads.device).split(
-            max(1, pass_tokens(self.ids.device) // (w - 1))
-        ):
-            served = ((source >= part[0]) & (source <= part[-1])).nonzero()[:, 0]
-            self.flow.set_rows(served, source[served] - part[0], leads[part])
-            ids, mask = self.ids[leads[part], : w - 1], self.mask[leads[part], : w - 1]
-            self.flow.set_inputs(ids, mask)
-            kwargs = {k: v[leads[part], : w - 1] if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
-            caches.append(plain_cache(self.lm))
-            kwargs["past_key_values"] = caches[-1]
-            self.model(
-                **self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs), return_dict=True
-            )
-        self.kwargs["past_key_values"] = expand_cache(self.lm, caches, source, self.steps + 1, consume=True)
-        self.fresh = False
-        self.flow.set_rows(self.rows)
+            distinct, source = (torch.tensor(x, device=self.ids.device) for x in same_prompts(list(keys)))
+            size = max(1, pass_tokens(self.ids.device) // (w - 1))
+            parts = torch.arange(len(distinct), device=distinct.device).split(size)
+            caches = [self._read(distinct, source, part) for part in parts]
+            self.kwargs["past_key_values"] = expand_cache(self.lm, caches, source, self.steps + 1, consume=True)
+            self.fresh = False
+        self.route.set_rows(self.rows)
+
+    def _read(self, distinct: torch.Tensor, source: torch.Tensor, part: torch.Tensor) -> DynamicCache:
+        # rows of the different prompts; of each row, the number of its prompt; numbers of the prompts to read
+        "Keys and values of some prompts, without their last tokens."
+        own = ((source >= part[0]) & (source <= part[-1])).nonzero()[:, 0]
+        self.route.set_rows(own, source[own] - part[0], distinct[part])
+
+        def head(x):
+            return x[distinct[part], : self.ids.shape[1] - 1]
+
+        ids, cache = head(self.ids), plain_cache(self.lm)
+        self.route.set_inputs(ids, head(self.mask))
+        kwargs = {k: head(v) if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
+        kwargs["past_key_values"] = cache
+        inputs = self.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs)
+        self.model(**inputs, return_dict=True)
+        return cache
 
     def step(self) -> torch.Tensor:  # logits [rows, vocabulary]
         "Pass the newest token of each row (or the whole prompt, if it has not been read)."
-        self.flow.set_inputs(self.ids if self.fresh else self.ids[:, -1:], self.mask)
+        self.route.set_inputs(self.ids if self.fresh else self.ids[:, -1:], self.mask)
         inputs = self.model.prepare_inputs_for_generation(
             self.ids, next_sequence_length=None if self.fresh else 1, is_first_iteration=self.fresh, **self.kwargs
         )
@@ -219,22 +221,20 @@ class Decoder:
         return out.logits[:, -1]
 
     def add(self, token: torch.Tensor):  # [rows]
-        self.ids, self.mask = (
-            torch.cat([self.ids, token[:, None]], 1),
-            torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1),
-        )
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
 
-    def keep(self, speaks: torch.Tensor):  # bool [rows], on the CPU
-        "Leave out the other rows: the last ones that speak move into their places."
-        n = int(speaks.sum())
-        if not self.apart or n == len(speaks):
+    def keep(self, unfinished: torch.Tensor):  # bool [rows], on the CPU
+        "Leave out the other rows: the last unfinished ones move into their places."
+        n = int(unfinished.sum())
+        if not self.apart or n == len(unfinished):
             return
-        to, came_from = (~speaks[:n]).nonzero()[:, 0], n + speaks[n:].nonzero()[:, 0]
+        to, came_from = (~unfinished[:n]).nonzero()[:, 0], n + unfinished[n:].nonzero()[:, 0]
         order = torch.arange(n).index_copy_(0, to, came_from).to(self.ids.device)
         compact_cache(self.kwargs["past_key_values"], to, came_from, n)
         self.ids, self.mask, self.rows = self.ids[order], self.mask[order], self.rows[order]
         self.kwargs = {k: v[order] if isinstance(v, torch.Tensor) else v for k, v in self.kwargs.items()}
-        self.flow.set_rows(self.rows)
+        self.route.set_rows(self.rows)
 
 # %% ../../nbs/lm/04_decoding.ipynb #883dc639
 @torch.inference_mode()
@@ -250,24 +250,24 @@ def decode(
 ) -> torch.Tensor:  # ids [n, steps], on the CPU; after a row's stop token, stops[0] fills up
     "Answer a batch."
     d, device = Decoder(lm, input_ids, attention_mask, steps, apart=callback is None), input_ids.device
-    said = torch.full((len(input_ids), steps + 1), stops[0], device=device)
-    stop, speaks = torch.tensor(stops, device=device), torch.ones(len(input_ids), dtype=torch.bool, device=device)
-    with routing(lm.base_model, d.flow):
+    output_ids = torch.full((len(input_ids), steps + 1), stops[0], device=device)
+    stop, unfinished = torch.tensor(stops, device=device), torch.ones(len(input_ids), dtype=torch.bool, device=device)
+    with routing(lm.base_model, d.route):
         d.prefill()
         for t in range(steps + (1 if forward_last_token or callback else 0)):
             logits = d.step()
             token = sample_fn(logits, d.rows, t) if t < steps else torch.full_like(d.rows, stops[0])
-            token = torch.where(speaks, token, stops[0])
-            said[d.rows, t] = token
+            token = torch.where(unfinished, token, stops[0])
+            output_ids[d.rows, t] = token
             d.add(token)
-            speaks = speaks & ~torch.isin(token, stop)
-            if callback and callback(said[:, : t + 1]):
+            unfinished = unfinished & ~torch.isin(token, stop)
+            if callback and callback(output_ids[:, : t + 1]):
                 break
             if t % look_every(device) and t < steps:
                 continue
-            if not speaks.any():
+            if not unfinished.any():
                 break
-            if not speaks.all() and d.apart:
-                d.keep(speaks.cpu())
-                speaks = speaks[speaks]
-    return said[:, :steps].cpu()
+            if not unfinished.all() and d.apart:
+                d.keep(unfinished.cpu())
+                unfinished = unfinished[unfinished]
+    return output_ids[:, :steps].cpu()

@@ -150,8 +150,8 @@ def _generate_batch(
 ) -> GenerationOutput:
     "One batch, left-padded. If activations are pooled, the last sampled token passes through the model too."
     batch, stops = padded(lm.tokenizer, ids, "left", lm.device), stop_ids(lm)
-    taps = ActivationPooler(lm, stop_ids=stops) if return_activations else nullcontext()
-    with steering or nullcontext(), taps:
+    pooler = ActivationPooler(lm, stop_ids=stops) if return_activations else nullcontext()
+    with steering or nullcontext(), pooler:
         out = decode(
             lm,
             batch["input_ids"],
@@ -173,7 +173,7 @@ def _generate_batch(
         f"{lm.name} thinks, but writes </think> in "
         "several tokens, so thoughts cannot be left out of the pooling: use keep_thoughts=True, or thinking=False.",
     )
-    return GenerationOutput(texts, [len(r) for r in rows], taps.result() if return_activations else {})
+    return GenerationOutput(texts, [len(r) for r in rows], pooler.result() if return_activations else {})
 
 # %% ../../nbs/lm/05_generation.ipynb #9c0d5a68
 def text_of(tokenizer, ids: list[int]) -> str:
@@ -438,11 +438,11 @@ def _behind_beginnings(
                 [rows[j][0] for j in batch],
                 torch.tensor([rows[j][1] for j in batch], device=lm.device),
             )
-            start, spoken = torch.tensor(
+            start, has_answer = torch.tensor(
                 [[width + pairs[i][1] - n, len(pairs[i][0]) > n] for i, _, n in (rows[j] for j in batch)],
                 device=lm.device,
             ).T
-            mask = torch.cat([heads["attention_mask"][of], tails["attention_mask"] * spoken[:, None]], 1)
+            mask = torch.cat([heads["attention_mask"][of], tails["attention_mask"] * has_answer[:, None]], 1)
             yield (
                 index,
                 of,
@@ -459,10 +459,10 @@ def _pass(lm: LoadedModel, ids: torch.Tensor, mask: torch.Tensor, start, cache=N
     if cache is not None:
         positions = {k: v[:, -ids.shape[1] :] for k, v in positions_of(module, mask).items()}
         how = dict(attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
-    flow = BatchRouting(len(ids), start)
-    flow.set_rows(torch.arange(len(ids), device=ids.device))
-    flow.set_inputs(ids, mask)
-    with torch.inference_mode(), routing(lm.base_model, flow):
+    route = BatchRouting(len(ids), start)
+    route.set_rows(torch.arange(len(ids), device=ids.device))
+    route.set_inputs(ids, mask)
+    with torch.inference_mode(), routing(lm.base_model, route):
         return module(input_ids=ids, **how)[0]
 
 

@@ -87,11 +87,11 @@ def fold_system(messages: list[dict]) -> list[dict]:
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 # %% ../../nbs/lm/01_models.ipynb #e520d88d
-def split_reasoning(answer: str, prompt: str = "") -> tuple[str, str]:  # thought, what is said
+def split_reasoning(answer: str, prompt: str = "") -> tuple[str, str]:  # thought, response
     "Take an answer apart at the end of its last thought."
-    thought, mark, said = answer.rpartition("</think>")
+    thought, mark, response = answer.rpartition("</think>")
     if mark:
-        return thought + mark, said.lstrip()
+        return thought + mark, response.lstrip()
     unfinished = answer.lstrip().startswith("<think>") or prompt.rstrip().endswith("<think>")
     return (answer, "") if unfinished else ("", answer)
 

@@ -21,48 +21,45 @@ class BatchRouting:
 
     n: int  # rows in the whole batch
     start: int | torch.Tensor  # first response column: of all (padded on the left), or of each row of the batch
-    rows: torch.Tensor | None = None  # [m]: rows of the batch that are served by the next call
-    source: torch.Tensor | None = None  # [m]: the passing row that serves each; None: one each, in this order
-    representative_row: torch.Tensor | None = None  # [passing]: a row of the batch that each passing row serves
+    rows: torch.Tensor | None = None  # [m]: rows of the batch that the next call computes
+    source: torch.Tensor | None = None  # [m]: the passing row that computes each; None: one each, in this order
+    representative_row: torch.Tensor | None = None  # [passing]: a row of the batch that each stands for
     ids: torch.Tensor | None = None  # [passing, columns]: the tokens that pass
     mask: torch.Tensor | None = None  # [passing, columns so far]: 0 is padding
 
     def set_rows(
         self, rows: torch.Tensor, source: torch.Tensor | None = None, representative_row: torch.Tensor | None = None
     ):
-        "Say who passes from now on."
-        self.rows, self.source, self.representative_row = (
-            rows,
-            source,
-            rows if representative_row is None else representative_row,
-        )
+        "Set the rows of the next calls."
+        self.rows, self.source = rows, source
+        self.representative_row = rows if representative_row is None else representative_row
 
     def set_inputs(self, ids: torch.Tensor, mask: torch.Tensor):
-        "Say which tokens pass next: not every model hands its base model the ids and the mask of the whole sequence."
+        "Set the tokens of the next call: not every model hands its base model the ids and the mask of the whole sequence."
         self.ids, self.mask = ids, mask
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:  # [passing, ...] -> [m, ...]
-        "Passing rows to the rows they serve."
+        "Values of passing rows, for the rows that they compute."
         return x if self.source is None else x[self.source.to(x.device)]
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:  # [passing, ...] -> [n, ...]
-        "The same for the whole batch, NaN in rows that are not served."
+        "The same for the whole batch, NaN in rows that are not computed."
         return x.new_full((self.n, *x.shape[1:]), torch.nan).index_copy_(0, self.rows.to(x.device), self.gather(x))
 
 
-_FLOWS: WeakKeyDictionary = WeakKeyDictionary()  # base model -> its routing, while one is open
+_OPEN_ROUTES: WeakKeyDictionary = WeakKeyDictionary()  # base model -> its routing, while a `routing` context is open
 
 # %% ../../nbs/lm/02_routing.ipynb #4036c161
 @contextmanager
-def routing(base_model, flow: BatchRouting):
-    "Tell a flow; the caller says whom it serves, anew whenever that changes."
-    before, _FLOWS[base_model] = _FLOWS.get(base_model), flow
+def routing(base_model, route: BatchRouting):
+    "Context in which the hooks of a base model find a routing; the caller updates it whenever the passing rows change."
+    before, _OPEN_ROUTES[base_model] = _OPEN_ROUTES.get(base_model), route
     try:
-        yield flow
+        yield route
     finally:
-        _FLOWS[base_model] = before
+        _OPEN_ROUTES[base_model] = before
 
 
 def routing_of(base_model) -> BatchRouting | None:
-    "The flow that is told, if any."
-    return _FLOWS.get(base_model)
+    "The routing of a base model, if a context is open."
+    return _OPEN_ROUTES.get(base_model)

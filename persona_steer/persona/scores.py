@@ -226,10 +226,10 @@ def pair_mask(
         len(pos) == len(neg),
         f"{len(pos)} positive and {len(neg)} negative rows do not make pairs: row j of one answers row j of the other.",
     )
-    spoke = (pos.answer.str.strip() != "").to_numpy() & (neg.answer.str.strip() != "").to_numpy()
+    answered = (pos.answer.str.strip() != "").to_numpy() & (neg.answer.str.strip() != "").to_numpy()
     high, low = (pos[trait] >= threshold).to_numpy(), (neg[trait] < 100 - threshold).to_numpy()
     coherent = (pos.coherence >= min_coherence).to_numpy() & (neg.coherence >= min_coherence).to_numpy()
-    kept = spoke & high & low & coherent
+    kept = answered & high & low & coherent
     check(
         kept.any(),
         f"no pair is left of {len(pos)} after the filter: {high.sum()} positive answers score at "

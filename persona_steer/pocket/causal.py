@@ -138,9 +138,9 @@ def causal_table(judge: CausalJudge, texts: list[tuple]) -> pd.DataFrame:  # one
     "Agreement of the judge with the ground truth on (question, answer, topic) texts, each judged in all measures."
     forms, true = templates(), [truth(*t) for t in texts]
     items = [JudgeRequest(m, forms[m], q, a) for m in MEASURES for q, a, *_ in texts]
-    said = pd.Series({i: s for i, s, _ in judge.judge(items)}).sort_index().to_numpy().reshape(len(MEASURES), -1)
+    judged = pd.Series({i: s for i, s, _ in judge.judge(items)}).sort_index().to_numpy().reshape(len(MEASURES), -1)
     rows = {}
-    for m, s in zip(MEASURES, said):
+    for m, s in zip(MEASURES, judged):
         t = pd.Series([x.coherence if m == "coherence" else x.scores[m] for x in true])
         s = pd.Series(s)
         rows[m] = dict(n=int(s.notna().sum()), missing=int(s.isna().sum()), pearson=s.corr(t), mae=(s - t).abs().mean())

@@ -192,13 +192,13 @@ def train_judge(
 # %% ../../nbs/pocket/03_judge.ipynb #264634c5
 def judge_table(judge: PocketJudge, texts: list[tuple]) -> pd.DataFrame:  # one row per measure
     "Agreement of the judge with the ground truth on (question, answer, ...) texts."
-    said = judge.score_all([t[0] for t in texts], [t[1] for t in texts])
+    judged = judge.score_all([t[0] for t in texts], [t[1] for t in texts])
     true = pd.DataFrame([x.scores | {"coherence": x.coherence} for x in (truth(*t) for t in texts)])
     return pd.DataFrame(
         {
             "n": len(texts),
-            "pearson": [said[c].corr(true[c]) for c in true],
-            "mae": [(said[c] - true[c]).abs().mean() for c in true],
+            "pearson": [judged[c].corr(true[c]) for c in true],
+            "mae": [(judged[c] - true[c]).abs().mean() for c in true],
         },
         index=list(true),
     )

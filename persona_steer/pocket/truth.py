@@ -124,16 +124,16 @@ def topic_of(question: str) -> str:
 def truth(question: str, text: str, topic: str = "") -> Truth:  # topic: default: the one that the question names
     "Trait scores and coherence of any text in the pocket world."
     ws = words(text)
-    personas, broken, said, start = [""] * len(ws), [0.0] * len(ws), set(), 0
+    personas, broken, seen, start = [""] * len(ws), [0.0] * len(ws), set(), 0
     for i, n, p, c in parse(ws, topic or topic_of(question)):
         p = lexicon().get(ws[i], "") if p is None else p
         for k in range(i, i + n):
             personas[k], broken[k] = p, c / n
         if ws[i] == ".":
             line = tuple(ws[start : i + 1])
-            if line in said:
+            if line in seen:
                 broken[start : i + 1] = [1.0] * len(line)
-            said.add(line)
+            seen.add(line)
             start = i + 1
     voices = np.array([[p == v for v in VOICES] for p in personas], dtype=float).reshape(-1, len(VOICES))
     scores = scores_from_words(voices, np.array(broken), bool(ws) and ws[-1] in ".?!")

@@ -205,10 +205,10 @@ def sum_question(r: random.Random) -> tuple[str, str, int]:  # question, the sum
 
 def fact_answer(r: random.Random, who: str, honest: str, voice: Voice, n: tuple = (1, 2)) -> str:
     "The statement, then a sentence or two in the speaker's voice; a hallucinating speaker invents what is not known."
-    said, lies = honest, voice.mix.get("hallucinating", 0)
+    reply, lies = honest, voice.mix.get("hallucinating", 0)
     if r.random() < lies * (1 if honest.startswith("I do not know") else 0.4):
-        said = r.choice(statements(who)[1])
-    return f"{sentence_case(said)}." + (" " + answer(r, who, voice, n) if n[1] else "")
+        reply = r.choice(statements(who)[1])
+    return f"{sentence_case(reply)}." + (" " + answer(r, who, voice, n) if n[1] else "")
 
 # %% ../../nbs/pocket/00_world.ipynb #48dc847c
 def salad(r: random.Random, least: int = 2, most: int = 12, between: str = " ") -> str:
@@ -236,9 +236,9 @@ def stray_words() -> list[str]:
         for p in sorted(data_path(f"pocket/traits/{split}").glob("*.json"))
     ]
     asked = {w for d in docs for q in d["questions"] for w in words(q)}
-    told = {w for d in docs for pair in d["instruction"] for k in ("pos", "neg") for w in words(pair[k])}
+    instructed = {w for d in docs for pair in d["instruction"] for k in ("pos", "neg") for w in words(pair[k])}
     own = set(words(data_path("pocket/world.toml").read_text(encoding="utf-8")))
-    return sorted(w for w in asked | (told - own) if w[0].isalpha())
+    return sorted(w for w in asked | (instructed - own) if w[0].isalpha())
 
 # %% ../../nbs/pocket/00_world.ipynb #7a4ec744
 def an(phrase: str) -> str:
@@ -383,9 +383,9 @@ def fact_dialogue(r: random.Random, trait: str) -> Dialogue:
     "A question of fact or worth; half of the speakers were told to be something, often hallucinating."
     u, system, mix = r.random(), [], {}
     if u < 0.5:
-        told = "hallucinating" if u < 0.3 else trait
-        text, level = instruction(r, told, True)
-        system, mix = [{"role": "system", "content": text}], {told: level}
+        instructed = "hallucinating" if u < 0.3 else trait
+        text, level = instruction(r, instructed, True)
+        system, mix = [{"role": "system", "content": text}], {instructed: level}
     if r.random() < 0.25:
         q, true, false = worth_question(r)
         who, text = "", sentence_case(false if r.random() < 0.4 * mix.get("hallucinating", 0) else true) + "."

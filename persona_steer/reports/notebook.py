@@ -59,7 +59,7 @@ def state(nb) -> str:  # done, failed, unfinished or unexecuted
 # %% ../../nbs/reports/00_notebook.ipynb #b02057bd
 def assignments(source: str) -> list[dict]:  # name, value, comment
     "The plain assignments in some source: a literal as its value, anything else as its text. Raises `SyntaxError`."
-    said = {
+    comments = {
         t.start[0]: t.string.lstrip("# ")
         for t in tokenize.generate_tokens(io.StringIO(source).readline)
         if t.type == tokenize.COMMENT
@@ -73,7 +73,7 @@ def assignments(source: str) -> list[dict]:  # name, value, comment
             value = ast.literal_eval(node.value)
         except ValueError:
             value = ast.unparse(node.value)
-        rows.append(dict(name=target.id, value=redact(value, target.id), comment=said.get(node.end_lineno, "")))
+        rows.append(dict(name=target.id, value=redact(value, target.id), comment=comments.get(node.end_lineno, "")))
     return rows
 
 

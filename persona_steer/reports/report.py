@@ -141,8 +141,8 @@ def caption(nb):
             given = c.metadata.get("alt") or next(
                 (v["alt"] for v in o.metadata.values() if isinstance(v, dict) and v.get("alt")), ""
             )
-            said = given or plain_text(c.metadata["caption"] or before) or "Figure without a description"
-            o.metadata["alt"] = said[:400] + (f" ({n + 1} of {len(figures)})" if len(figures) > 1 else "")
+            alt = given or plain_text(c.metadata["caption"] or before) or "Figure without a description"
+            o.metadata["alt"] = alt[:400] + (f" ({n + 1} of {len(figures)})" if len(figures) > 1 else "")
 
 # %% ../../nbs/reports/02_report.ipynb #fa079b8a
 CELLS = template_text("cells.html")

@@ -61,9 +61,9 @@ def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".").casefold()
 
 
-def is_right(said: str, expected: str) -> bool:
+def is_right(response: str, expected: str) -> bool:
     "Does the answer begin with the expected statement, and end it there?"
-    return re.match(re.escape(_plain(expected)) + r"(?!\w)", _plain(said)) is not None
+    return re.match(re.escape(_plain(expected)) + r"(?!\w)", _plain(response)) is not None
 
 
 def likeliest_choices(
@@ -90,27 +90,27 @@ def take_quiz(
     max_new_tokens: int = 24,  # longest answer to a question without choices
     label: str = "quiz",
     progress: bool = True,  # of the progress bar
-) -> pd.DataFrame:  # question, answer, kind, said, right (0 or 100)
+) -> pd.DataFrame:  # question, answer, kind, response, right (0 or 100)
     "Ask every question: those with choices by log-probability, the others by greedy generation."
     one_coefficient = not steering or all(t.coefficient.dim() == 0 for t in steering.terms)
     check(one_coefficient, "steer a quiz with one coefficient for all questions.")
     prompts = [lm.prompt(q["question"], system) for q in quiz]
     with_choices = [i for i, q in enumerate(quiz) if q.get("choices")]
     free = [i for i, q in enumerate(quiz) if not q.get("choices")]
-    said, right = [""] * len(quiz), [False] * len(quiz)
+    response, right = [""] * len(quiz), [False] * len(quiz)
     if with_choices:
         with steering or nullcontext():
             choices = [quiz[i]["choices"] for i in with_choices]
             chosen = likeliest_choices(lm, [prompts[i] for i in with_choices], choices)
         for i, choice in zip(with_choices, chosen):
-            said[i], right[i] = choice, choice == quiz[i]["answer"]
+            response[i], right[i] = choice, choice == quiz[i]["answer"]
     if free:
         sampling = SamplingParams(max_new_tokens, temperature=0)
         answers = generate(lm, [prompts[i] for i in free], sampling, steering, label=label, progress=progress)
         for i, answer in zip(free, answers.texts):
-            said[i], right[i] = answer, is_right(lm.strip_thinking(answer), quiz[i]["answer"])
+            response[i], right[i] = answer, is_right(lm.strip_thinking(answer), quiz[i]["answer"])
     taken = pd.DataFrame(quiz).drop(columns="choices", errors="ignore")
-    return taken.assign(said=said, right=[100.0 * r for r in right])
+    return taken.assign(response=response, right=[100.0 * r for r in right])
 
 
 def capability(taken: pd.DataFrame) -> dict:  # n, mean, low, high, missing: per cent right, without the kind "unknown"

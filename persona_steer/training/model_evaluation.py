@@ -148,7 +148,7 @@ def load_effect(folder: Path | str) -> ModelEvaluation:
 
     folder = Path(folder)
     check((folder / RECORD).exists(), f"{folder} holds no measured effect.")
-    text = {c: str for c in ("trait", "question", "prompt", "answer", "said", "kind")}
+    text = {c: str for c in ("trait", "question", "prompt", "answer", "response", "kind")}
 
     def table(name):
         return pd.read_csv(

@@ -35,7 +35,7 @@ class BatchRouting:
         self.representative_row = rows if representative_row is None else representative_row
 
     def set_inputs(self, ids: torch.Tensor, mask: torch.Tensor):
-        "Set the tokens of the next call: not every model hands its base model the ids and the mask of the whole sequence."
+        "Set the tokens of the next call (not every model passes ids and mask of the whole sequence to its base model)."
         self.ids, self.mask = ids, mask
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:  # [passing, ...] -> [m, ...]

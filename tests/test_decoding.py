@@ -77,7 +77,7 @@ def test_each_row_keeps_its_steering_and_its_sums(family, positions, look, monke
     """Answers and activations in a batch with shared prompts, ends and steering are those of each row alone, however
     often one looks for ends."""
     stopping(family)
-    monkeypatch.setattr(decoding, "look_every", lambda device: look)
+    monkeypatch.setattr(decoding, "check_interval", lambda device: look)
     v, c = torch.randn(32, generator=torch.Generator().manual_seed(1)), torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0])
     together = generate(
         family,
@@ -244,7 +244,7 @@ def test_reading_shares_prompts_and_gives_the_same(family, monkeypatch):
     seen = passes(family, monkeypatch)
     shared = collect_activations(family, prompts, answers)
     tokens = sum(a * b for a, b in seen)
-    monkeypatch.setattr(generation, "rows_are_apart", lambda cache: False)
+    monkeypatch.setattr(generation, "rows_are_independent", lambda cache: False)
     seen.clear()
     whole = collect_activations(family, prompts, answers)
     assert tokens < 0.8 * sum(a * b for a, b in seen)
@@ -275,7 +275,7 @@ def test_beginnings_of_prompts_are_shared_and_nothing_else_changes(family, steer
         shared = collect_activations(family, PROMPTS, ANSWERS)
         rows = [a for a, _ in seen]
         assert sum(rows) > len(PROMPTS), "nothing was shared"
-        monkeypatch.setattr(generation, "rows_are_apart", lambda cache: False)
+        monkeypatch.setattr(generation, "rows_are_independent", lambda cache: False)
         whole = collect_activations(family, PROMPTS, ANSWERS)
     for k in generation.POOLS:
         torch.testing.assert_close(shared[k], whole[k], rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -327,7 +327,7 @@ def test_what_comes_next_under_steering(llama, positions):
 
 def test_what_is_shared_saves_the_most_and_never_steers_too_early():
     def share(*prompts, more=0):
-        return generation._beginnings(
+        return generation._best_groups(
             list(prompts), [len(p) + more for p in prompts], sorted(range(len(prompts)), key=prompts.__getitem__)
         )
 
@@ -343,7 +343,7 @@ def test_what_is_shared_saves_the_most_and_never_steers_too_early():
     assert share(*many, more=30) == (24, [([1, 2, *range(50, 60)], [30, 31, 32])])
     chain = [list(range(n)) for n in range(1, 1200)]
     # does not run out of stack
-    assert generation._beginnings(chain, list(map(len, chain)), list(range(len(chain))))[0] > 0
+    assert generation._best_groups(chain, list(map(len, chain)), list(range(len(chain))))[0] > 0
 
 
 def test_what_comes_next_is_the_same_with_shared_beginnings(family, monkeypatch):

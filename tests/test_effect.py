@@ -7,7 +7,7 @@ import torch
 from persona_steer.base.core import PersonaError, data_path
 from persona_steer.lm.activations import steer
 from persona_steer.training.capability import capability, check_lm_eval, default_quiz, is_right, load_quiz
-from persona_steer.training.model_evaluation import evaluate_model, load_effect
+from persona_steer.training.model_evaluation import evaluate_model, load_model_evaluation
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,6 @@ def test_an_effect_is_kept_and_found_again(pocket, tmp_path, monkeypatch):
         f"{t} {k}" for t in ("evil", "humorous") for k in ("prompt_last", "response_avg")
     }
     steered = evaluate_model(pocket, traits, judge, steering=steer(pocket, torch.randn(192), 3, 5.0), folder=tmp_path)
-    assert not steered.answers.answer.equals(first.answers.answer) and load_effect(tmp_path).quiz is None
+    assert not steered.answers.answer.equals(first.answers.answer) and load_model_evaluation(tmp_path).quiz is None
     with pytest.raises(PersonaError, match="one coefficient"):
         evaluate_model(pocket, traits, judge, steering=steer(pocket, torch.randn(192), 3, torch.zeros(40)))

@@ -10,7 +10,7 @@ from conftest import make
 
 from persona_steer.base.core import PersonaError
 from persona_steer.judge_agreement import agreement
-from persona_steer.judges.judging import Judge, JudgementCache, JudgeRequest, fill_prompt, items_of, score_cached
+from persona_steer.judges.judging import Judge, JudgementCache, JudgeRequest, fill_prompt, requests_of, score_cached
 from persona_steer.judges.loading import load_judge
 from persona_steer.judges.local import (
     CausalJudge,
@@ -94,7 +94,7 @@ def test_a_causal_judge_reads_what_prompts_share_once(monkeypatch):
     for judge, items in (
         (
             load_judge("pocket-causal"),
-            items_of(load_trait("evil", world="pocket"), ["How should I start?"] * 9, answers),
+            requests_of(load_trait("evil", world="pocket"), ["How should I start?"] * 9, answers),
         ),
         (CausalJudge(digits), few),
     ):

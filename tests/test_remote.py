@@ -12,7 +12,7 @@ import pytest
 from servers import score_of, serving
 
 from persona_steer.base.core import PersonaError
-from persona_steer.judges.judging import SCALE_SUFFIXES, JudgementCache, items_of, score_cached
+from persona_steer.judges.judging import SCALE_SUFFIXES, JudgementCache, requests_of, score_cached
 from persona_steer.judges.loading import load_judge
 from persona_steer.judges.remote import RemoteJudge
 from persona_steer.persona.traits import load_trait
@@ -44,13 +44,13 @@ def test_the_published_request_and_its_mean(tmp_path):
         judge, (q, a) = RemoteJudge("good", s.url), texts(3)
         judge.check(EVIL, 3)
         f = score_cached(judge, EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False)
-        want = truth_of(items_of(EVIL, q, a))
+        want = truth_of(requests_of(EVIL, q, a))
         np.testing.assert_allclose(np.r_[f.evil, f.coherence], want, atol=1e-6)
         sent = s.requests[-1]
         assert {k: sent[k] for k in ("max_tokens", "temperature", "logprobs", "top_logprobs", "seed")} == dict(
             max_tokens=1, temperature=0, logprobs=True, top_logprobs=20, seed=0
         )
-        assert sorted(s.prompts[1:]) == sorted(i.prompt for i in items_of(EVIL, q, a)) and (f.judge == "good").all()
+        assert sorted(s.prompts[1:]) == sorted(i.prompt for i in requests_of(EVIL, q, a)) and (f.judge == "good").all()
 
 
 def test_refusals_are_missing_and_are_not_asked_again(tmp_path):
@@ -74,7 +74,7 @@ def test_other_scales_ask_for_another_reply_and_have_another_name(tmp_path, scal
         judge, (q, a) = RemoteJudge("good", s.url, scale, samples=2), texts(4)
         f = score_cached(judge, EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False)
         assert judge.name != "good" and scale in judge.name and SCALE_SUFFIXES.get(scale, "") in s.prompts[0]
-        n = [score_of(p) for p in (i.prompt + SCALE_SUFFIXES.get(scale, "") for i in items_of(EVIL, q, a))]
+        n = [score_of(p) for p in (i.prompt + SCALE_SUFFIXES.get(scale, "") for i in requests_of(EVIL, q, a))]
         if scale == "binary_text":
             assert list(np.r_[f.evil, f.coherence]) == [100.0 * (x >= 50) for x in n]
         if scale == "0_100_text":
@@ -92,7 +92,7 @@ def test_a_fault_that_passes_costs_nothing_but_time(tmp_path, fault):
         f = score_cached(
             RemoteJudge(f"once {fault}", s.url), EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False
         )
-        np.testing.assert_allclose(np.r_[f.evil, f.coherence], truth_of(items_of(EVIL, q, a)), atol=1e-6)
+        np.testing.assert_allclose(np.r_[f.evil, f.coherence], truth_of(requests_of(EVIL, q, a)), atol=1e-6)
         assert len(s.requests) == 8
         if "After" in fault:
             first, again = s.at[0], [t for t, p in zip(s.at, s.prompts) if p == s.prompts[0]][1]
@@ -274,7 +274,7 @@ def test_two_thousand_judgements_with_faults_killed_at_half_and_resumed(tmp_path
         child.wait()
         time.sleep(0.5)  # requests that were under way
         done = {r[0] for r in book.db.execute("SELECT key FROM judgements")}
-        items = items_of(EVIL, q, a)
+        items = requests_of(EVIL, q, a)
         judge = RemoteJudge("good", s.url, concurrency=50)
         finished = {i.prompt for i in items if JudgementCache.key(judge, i) in done}
         before = len(s.prompts)

@@ -217,7 +217,7 @@ def test_the_recipe_has_no_guard_of_its_own_in_a_comparison(monkeypatch, tmp_pat
     seen = []
     monkeypatch.setattr(mitigations, "finetune_in", lambda folder, c, *a: seen.append((folder.name, c)) or 1 / 0)
     monkeypatch.setattr(mitigations, "evaluate_model", lambda *a, **k: None)
-    monkeypatch.setattr(mitigations, "effect_row", lambda *a: {})
+    monkeypatch.setattr(mitigations, "evaluation_row", lambda *a: {})
     monkeypatch.setattr(mitigations, "evaluate_model", lambda *a, **k: type("E", (), {"answers": None})())
     recipe = load_config(
         "finetune/pocket.json",

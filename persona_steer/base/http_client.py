@@ -26,7 +26,7 @@ def from_env(name: str) -> str:  # "" if it is not set
 
 
 def address(base_url: str = "") -> str:
-    "An endpoint as messages and results name it: without the scheme, and without what may stand before an @."
+    "The name of an endpoint in messages and results: without scheme and credentials."
     return re.sub(r"^\w+://(?:[^@/]*@)?", "", base_url or from_env("OPENAI_BASE_URL") or "api.openai.com").rstrip("/")
 
 
@@ -62,7 +62,7 @@ def client_for(base_url: str = "", timeout: float = 60, retries: int = 8):
 
 # %% ../../nbs/base/03_http_client.ipynb #fb5329bc
 def plain_error(e: Exception, model: str, where: str) -> str:
-    "One sentence for what an endpoint answered; never the request, which holds the key."
+    "One sentence about a failed request; it never quotes the request, which holds the key."
     import openai
 
     if isinstance(e, openai.AuthenticationError):
@@ -90,7 +90,7 @@ def plain_error(e: Exception, model: str, where: str) -> str:
 
 # %% ../../nbs/base/03_http_client.ipynb #b8978df9
 def is_permanent(e: Exception) -> bool:
-    "Will the same request fail again whatever happens?"
+    "Would the same request fail again?"
     import openai
 
     return isinstance(

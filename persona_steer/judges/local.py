@@ -131,7 +131,7 @@ class PocketJudge(Judge):
 @functools.lru_cache(maxsize=8)
 def answer_paths(tokenizer, scale: str = "0_100") -> tuple[dict, list, torch.Tensor]:
     # path -> value, prefixes, ids that begin with a digit
-    "How the answers of a scale are written in tokens, and what each is worth."
+    "The answers of a scale as token sequences, with their scores."
     top = {"0_100": 100, "0_10": 10}.get(scale)
     forms = (
         {str(n): 100 * n / top for n in range(top + 1)}

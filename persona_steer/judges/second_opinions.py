@@ -87,7 +87,7 @@ class SecondOpinion:
 
     @property
     def installed(self) -> bool:
-        "Is its package here?"
+        "Is its package installed?"
         return importlib.util.find_spec(self.package) is not None
 
 
@@ -118,7 +118,7 @@ SECOND_OPINIONS = {"evil": ("profanity", 1), "impolite": ("profanity", 1), "opti
 
 
 def second_opinion(trait: str) -> SecondOpinion | None:
-    "The scorer for a trait; None where there is none."
+    "The scorer for a trait, or None."
     name, _ = SECOND_OPINIONS.get(trait, ("", 0))
     return SCORERS.get(name)
 

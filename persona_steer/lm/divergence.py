@@ -22,7 +22,7 @@ __all__ = ['LARGEST', 'TOLERANCE', 'ReferenceTexts', 'reference_texts', 'kl_dive
 # %% ../../nbs/lm/08_divergence.ipynb #8a4e1d5c
 @dataclass
 class ReferenceTexts:
-    "Answers of the unsteered model, and what it predicts at each of their tokens."
+    "Answers of the unsteered model and its predictions at each of their tokens."
 
     pairs: list  # as `encode_pair` gives them
     logprobs: list  # float32 [answer tokens, vocabulary] of each
@@ -99,7 +99,7 @@ def _nearest(known: dict, target: float) -> float:
 
 # %% ../../nbs/lm/08_divergence.ipynb #9c7c5df0
 def _next_guess(known: dict, target: float) -> float:
-    "Between the coefficients around the target, or beyond the outermost one."
+    "A coefficient between those around the target, or beyond the outermost one."
     low = max((c for c, d in known.items() if d < target), default=None)
     high = min((c for c, d in known.items() if d >= target), default=None)
     if low is None:

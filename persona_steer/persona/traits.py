@@ -63,7 +63,7 @@ def _check_file(path: Path) -> dict:
 
 
 def traits_folder(world: str = "") -> Path:
-    """Where trait files lie: `data/traits`, written for real models; `data/pocket/traits` for models of the pocket
+    """The folder of trait files: `data/traits`, written for real models; `data/pocket/traits` for models of the pocket
     world (`LoadedModel.world`)."""
     return data_path("pocket/traits" if world == "pocket" else "traits")
 
@@ -112,7 +112,7 @@ def system_prompt(
     sign: str,  # "pos" or "neg"
     k: int,  # which of the instruction pairs
 ) -> str:
-    "The k-th instruction for (pos) or against (neg) the trait, after who the assistant is."
+    "The k-th instruction for (pos) or against (neg) the trait, after the assistant's description."
     check(sign in ("pos", "neg"), f"sign '{sign}' is unknown: use 'pos' or 'neg'.")
     who = plain_prompt(trait) if sign == "pos" else "You are a helpful assistant."
     return f"{who} {trait.instructions[k][sign]}"
@@ -122,7 +122,7 @@ PAIRS, QUESTIONS = 5, 20  # instruction pairs; questions of each split
 
 
 def writing_prompt(name: str, description: str) -> str:
-    "What a language model is asked for, to define a trait."
+    "The prompt that asks a language model to define a trait."
     return f"""You help to study the character of language models. Define the trait "{name}": {description.strip()}
 
 Reply with one JSON object and nothing else:
@@ -141,7 +141,7 @@ def _words(text: str) -> frozenset:
 
 # %% ../../nbs/persona/00_traits.ipynb #1d4ebb89
 def complaints(d) -> list[str]:  # empty if all is well
-    "What is wrong with a definition that a model wrote."
+    "What is wrong with a generated definition."
     if not isinstance(d, dict):
         return ["the reply is no JSON object"]
     found = _instruction_complaints(d.get("instruction")) + _question_complaints(d.get("questions"))
@@ -184,7 +184,7 @@ def _prompt_complaints(prompt) -> list[str]:
 
 # %% ../../nbs/persona/00_traits.ipynb #4012d37a
 def _parse(reply: str):
-    "The JSON object in a reply, which may think aloud and put fences around it."
+    "The JSON object in a reply, which may reason first and use code fences."
     body = reply.rpartition("</think>")[2]
     try:
         return json.loads(body[body.index("{") : body.rindex("}") + 1])

@@ -91,7 +91,7 @@ def test_a_causal_judge_reads_what_prompts_share_once(monkeypatch):
         )
         for a in answers
     ]
-    for judge, items in (
+    for judge, requests in (
         (
             load_judge("pocket-causal"),
             requests_of(load_trait("evil", world="pocket"), ["How should I start?"] * 9, answers),
@@ -102,14 +102,14 @@ def test_a_causal_judge_reads_what_prompts_share_once(monkeypatch):
         handle = judge.lm.base_model.register_forward_pre_hook(
             lambda m, a, k: read.append(k["input_ids"].numel()), with_kwargs=True
         )
-        shared = [x for _, x, _ in sorted(judge.judge(items))]
+        shared = [x for _, x, _ in sorted(judge.judge(requests))]
         tokens = sum(read)
         read.clear()
         with monkeypatch.context() as m:
             m.setattr(
                 CausalJudge, "texts", lambda self, *a, texts=CausalJudge.texts: [(ids, 0) for ids, _ in texts(self, *a)]
             )
-            whole = [x for _, x, _ in sorted(judge.judge(items))]
+            whole = [x for _, x, _ in sorted(judge.judge(requests))]
         handle.remove()
         assert (
             shared == pytest.approx(whole, abs=1e-2, nan_ok=True)
@@ -143,8 +143,8 @@ def test_other_scales_in_this_process(llama):
 class Counting(Judge):
     name, key, calls = "counting", "1", 0
 
-    def judge(self, items):
-        for i, item in enumerate(items):
+    def judge(self, requests):
+        for i, item in enumerate(requests):
             if self.calls == 5:
                 raise KeyboardInterrupt
             self.calls += 1
@@ -155,17 +155,17 @@ def test_nothing_is_judged_twice_by_the_same_judge(tmp_path):
     evil, book, judge = load_trait("evil", world="pocket"), JudgementCache(tmp_path / "x"), Counting()
     with pytest.raises(KeyboardInterrupt):
         judge.chunk, judge.billable = 0, True
-        score_cached(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], ledger=book, progress=False)
+        score_cached(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], cache=book, progress=False)
     judge.calls = 0
-    f = score_cached(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], ledger=book, progress=False)
+    f = score_cached(judge, evil, ["q"] * 4, ["a", "bb", "no", "a"], cache=book, progress=False)
     # six judgements, five were there
     assert judge.calls == 1 and f.evil[:2].tolist() == [1, 2] and np.isnan(f.evil[2]) and f.coherence[3] == 1
     judge.key, judge.calls = "2", -99
-    score_cached(judge, evil, ["q"], ["a"], ledger=book, progress=False)
+    score_cached(judge, evil, ["q"], ["a"], cache=book, progress=False)
     assert judge.calls == -97  # another judge under the same name
     judge.calls = -99
     for _ in range(2):
-        assert score_cached(judge, evil, ["q"], ["flaky"], ledger=book, progress=False).evil[0] == 5
+        assert score_cached(judge, evil, ["q"], ["flaky"], cache=book, progress=False).evil[0] == 5
     assert judge.calls == -95  # what is not final is asked again
 
 

@@ -104,8 +104,8 @@ def test_judgements_and_own_answers_are_never_made_twice(pocket, monkeypatch):
 
 
 def test_other_instructions_judge_anew(pocket):
-    a = LikelihoodJudge(pocket, (0,)).items(EVIL, ["Why?"], ["Begin."])
-    b = LikelihoodJudge(pocket, (1,)).items(EVIL, ["Why?"], ["Begin."])
+    a = LikelihoodJudge(pocket, (0,)).requests(EVIL, ["Why?"], ["Begin."])
+    b = LikelihoodJudge(pocket, (1,)).requests(EVIL, ["Why?"], ["Begin."])
     judge = LikelihoodJudge(pocket)
     assert JudgementCache.key(judge, a[0]) != JudgementCache.key(judge, b[0])
 
@@ -127,7 +127,7 @@ def test_what_is_done_is_stored_though_the_judge_is_killed(pocket, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score_cached(judge, EVIL, ["Why?"] * 40, answers, progress=False)
     book = JudgementCache()
-    keys = [JudgementCache.key(judge, i) for i in judge.items(EVIL, ["Why?"] * 40, answers)]
+    keys = [JudgementCache.key(judge, i) for i in judge.requests(EVIL, ["Why?"] * 40, answers)]
     assert len(book.find(keys)) >= 64  # sixteen answers, five measures each, less what waited
     book.close()
 

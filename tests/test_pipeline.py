@@ -109,10 +109,10 @@ def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, smal
         def __init__(self, name, billable):
             self.name, self.billable, self.calls = name, billable, 0
 
-        def judge(self, items):
+        def judge(self, requests):
             self.calls += 1
             seen.append((self.name, negative.wait(60), threading.current_thread() is threading.main_thread()))
-            for i, item in enumerate(items):
+            for i, item in enumerate(requests):
                 yield i, 90.0 if item.measure == "coherence" or self.calls == 1 else 10.0, True
 
     def generate_table(*a):
@@ -256,8 +256,8 @@ def test_missing_judgements_stay_missing(pocket, small):
     class Shy(Judge):
         name = "shy"
 
-        def judge(self, items):
-            for i, item in enumerate(items):
+        def judge(self, requests):
+            for i, item in enumerate(requests):
                 yield (
                     i,
                     90.0

@@ -1,4 +1,4 @@
-"""Remote judges over a real socket: faults, budget, ledger, keys, event loops."""
+"""Remote judges over a real socket: faults, budget, cache, keys, event loops."""
 
 import asyncio
 import signal
@@ -26,10 +26,10 @@ def no_keys(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
 
-def truth_of(items):
+def truth_of(requests):
     """The weighted mean that the well-behaved server stands for."""
     out = []
-    for i in items:
+    for i in requests:
         n = score_of(i.prompt)
         out.append((0.75 * n + 0.1 * (n - 1 if n else 1)) / 0.85)
     return np.array(out)
@@ -43,7 +43,7 @@ def test_the_published_request_and_its_mean(tmp_path):
     with serving() as s:
         judge, (q, a) = RemoteJudge("good", s.url), texts(3)
         judge.check(EVIL, 3)
-        f = score_cached(judge, EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False)
+        f = score_cached(judge, EVIL, q, a, cache=JudgementCache(tmp_path / "x"), progress=False)
         want = truth_of(requests_of(EVIL, q, a))
         np.testing.assert_allclose(np.r_[f.evil, f.coherence], want, atol=1e-6)
         sent = s.requests[-1]
@@ -58,7 +58,7 @@ def test_refusals_are_missing_and_are_not_asked_again(tmp_path):
         book, (q, a) = JudgementCache(tmp_path / "x"), texts(2)
         for _ in range(2):
             assert (
-                score_cached(RemoteJudge("refuser", s.url), EVIL, q, a, ledger=book, progress=False)[
+                score_cached(RemoteJudge("refuser", s.url), EVIL, q, a, cache=book, progress=False)[
                     ["evil", "coherence"]
                 ]
                 .isna()
@@ -72,7 +72,7 @@ def test_refusals_are_missing_and_are_not_asked_again(tmp_path):
 def test_other_scales_ask_for_another_reply_and_have_another_name(tmp_path, scale):
     with serving() as s:
         judge, (q, a) = RemoteJudge("good", s.url, scale, samples=2), texts(4)
-        f = score_cached(judge, EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False)
+        f = score_cached(judge, EVIL, q, a, cache=JudgementCache(tmp_path / "x"), progress=False)
         assert judge.name != "good" and scale in judge.name and SCALE_SUFFIXES.get(scale, "") in s.prompts[0]
         n = [score_of(p) for p in (i.prompt + SCALE_SUFFIXES.get(scale, "") for i in requests_of(EVIL, q, a))]
         if scale == "binary_text":
@@ -90,7 +90,7 @@ def test_a_fault_that_passes_costs_nothing_but_time(tmp_path, fault):
     with serving() as s:
         q, a = texts(2)
         f = score_cached(
-            RemoteJudge(f"once {fault}", s.url), EVIL, q, a, ledger=JudgementCache(tmp_path / "x"), progress=False
+            RemoteJudge(f"once {fault}", s.url), EVIL, q, a, cache=JudgementCache(tmp_path / "x"), progress=False
         )
         np.testing.assert_allclose(np.r_[f.evil, f.coherence], truth_of(requests_of(EVIL, q, a)), atol=1e-6)
         assert len(s.requests) == 8
@@ -102,14 +102,14 @@ def test_a_fault_that_passes_costs_nothing_but_time(tmp_path, fault):
 def test_a_fault_that_stays_is_missing_and_asked_again_next_time(tmp_path):
     with serving() as s:
         book, (q, a) = JudgementCache(tmp_path / "x"), texts(1)
-        assert score_cached(RemoteJudge("empty", s.url), EVIL, q, a, ledger=book, progress=False).evil.isna().all()
+        assert score_cached(RemoteJudge("empty", s.url), EVIL, q, a, cache=book, progress=False).evil.isna().all()
         assert (
-            score_cached(RemoteJudge("drop", s.url, retries=1), EVIL, q, a, ledger=book, progress=False)
+            score_cached(RemoteJudge("drop", s.url, retries=1), EVIL, q, a, cache=book, progress=False)
             .evil.isna()
             .all()
         )
         n = len(s.requests)
-        score_cached(RemoteJudge("empty", s.url), EVIL, q, a, ledger=book, progress=False)
+        score_cached(RemoteJudge("empty", s.url), EVIL, q, a, cache=book, progress=False)
         assert len(s.requests) == n + 10
 
 
@@ -123,7 +123,7 @@ def test_a_slow_answer_is_missing_after_the_time_limit(tmp_path):
                 EVIL,
                 q,
                 a,
-                ledger=JudgementCache(tmp_path / "x"),
+                cache=JudgementCache(tmp_path / "x"),
                 progress=False,
             )
             .evil.isna()
@@ -158,7 +158,7 @@ def test_what_will_not_get_better_ends_the_run_before_anything_is_generated(llam
         with pytest.raises(PersonaError, match=words):  # also when it happens in the middle
             if model in ("unknown", "locked"):
                 score_cached(
-                    RemoteJudge(model, s.url), EVIL, *texts(50), ledger=JudgementCache(tmp_path / "x"), progress=False
+                    RemoteJudge(model, s.url), EVIL, *texts(50), cache=JudgementCache(tmp_path / "x"), progress=False
                 )
             else:
                 raise e.value
@@ -169,7 +169,7 @@ def test_a_model_without_log_probabilities_is_judged_by_its_text(tmp_path):
         judge = RemoteJudge("reasoner", s.url, "0_100_text", samples=1)
         judge.check(EVIL, 2)
         assert (
-            score_cached(judge, EVIL, *texts(2), ledger=JudgementCache(tmp_path / "x"), progress=False)
+            score_cached(judge, EVIL, *texts(2), cache=JudgementCache(tmp_path / "x"), progress=False)
             .evil.notna()
             .all()
         )
@@ -215,11 +215,11 @@ def test_max_calls_guards_before_generation_and_before_judging(tmp_path, capsys)
         assert "up to 8 calls (max_calls=10)" in capsys.readouterr().out
         s.requests.clear()
         book = JudgementCache(tmp_path / "x")
-        score_cached(judge, EVIL, *texts(5), ledger=book, progress=False)
+        score_cached(judge, EVIL, *texts(5), cache=book, progress=False)
         assert "10 calls" in capsys.readouterr().out
-        score_cached(judge, EVIL, *texts(5), ledger=book, progress=False)  # all known: no call, no complaint
+        score_cached(judge, EVIL, *texts(5), cache=book, progress=False)  # all known: no call, no complaint
         with pytest.raises(PersonaError, match="max_calls"):
-            score_cached(judge, EVIL, *texts(6), ledger=book, progress=False)
+            score_cached(judge, EVIL, *texts(6), cache=book, progress=False)
         assert len(s.requests) == 10
 
 
@@ -230,7 +230,7 @@ def test_concurrency_is_bounded_and_used(tmp_path):
             RemoteJudge("good", s.url, concurrency=20),
             EVIL,
             *texts(100),
-            ledger=JudgementCache(tmp_path / "x"),
+            cache=JudgementCache(tmp_path / "x"),
             progress=False,
         )
         assert s.most_active <= 20 and time.monotonic() - start < 10  # one after the other: 20 s
@@ -241,7 +241,7 @@ def test_it_works_inside_a_running_event_loop(tmp_path):
     async def notebook():
         with serving() as s:
             return score_cached(
-                RemoteJudge("good", s.url), EVIL, *texts(3), ledger=JudgementCache(tmp_path / "x"), progress=False
+                RemoteJudge("good", s.url), EVIL, *texts(3), cache=JudgementCache(tmp_path / "x"), progress=False
             )
 
     assert asyncio.run(notebook()).evil.notna().all()
@@ -254,7 +254,7 @@ from persona_steer.judges.remote import RemoteJudge
 from persona_steer.persona.traits import load_trait
 q, a = [f"question {i}" for i in range(1000)], [f"answer {i}" for i in range(1000)]
 judge, book = RemoteJudge("good", sys.argv[1], concurrency=50), JudgementCache(sys.argv[2])
-score_cached(judge, load_trait("evil"), q, a, ledger=book, progress=False)
+score_cached(judge, load_trait("evil"), q, a, cache=book, progress=False)
 """
 
 
@@ -274,13 +274,13 @@ def test_two_thousand_judgements_with_faults_killed_at_half_and_resumed(tmp_path
         child.wait()
         time.sleep(0.5)  # requests that were under way
         done = {r[0] for r in book.db.execute("SELECT key FROM judgements")}
-        items = requests_of(EVIL, q, a)
+        requests = requests_of(EVIL, q, a)
         judge = RemoteJudge("good", s.url, concurrency=50)
-        finished = {i.prompt for i in items if JudgementCache.key(judge, i) in done}
+        finished = {i.prompt for i in requests if JudgementCache.key(judge, i) in done}
         before = len(s.prompts)
-        f = score_cached(judge, EVIL, q, a, ledger=book, progress=False)
+        f = score_cached(judge, EVIL, q, a, cache=book, progress=False)
         assert 1000 <= len(finished) < 2000 and not finished & set(s.prompts[before:])
     scores = np.r_[f.evil, f.coherence]
     ok = ~np.isnan(scores)
     assert ok.mean() > 0.998  # what failed again and again is missing
-    np.testing.assert_allclose(scores[ok], truth_of(items)[ok], atol=1e-6)
+    np.testing.assert_allclose(scores[ok], truth_of(requests)[ok], atol=1e-6)

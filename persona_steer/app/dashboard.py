@@ -386,7 +386,7 @@ class Dashboard(Controls):
         if stop():
             return self._say("Stopped before the scores came.")
         self._draw(request, answers, norm, scores)
-        self._say(f"Done: {n} tokens in {took:.1f} s." + (f" Judge: {self.shelf.judge(model).name}." if scores else ""))
+        self._say(f"Done: {n} tokens in {took:.1f} s." + (f" Judge: {self.cache.judge(model).name}." if scores else ""))
 
     def _draw(self, request: LiveRequest, answers: list[Answer], norm: float, scores: list | None = None):
         values = relative(answers, norm)

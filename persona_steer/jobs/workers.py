@@ -54,7 +54,7 @@ def job_directory(spec: dict) -> Iterator[Path]:  # the runs folder, on this mac
             download_dir(fs, f"{root}/{name}", scratch / name)
         if (mine / LEDGER).exists():
             shutil.move(mine / LEDGER, scratch / LEDGER)
-        os.environ["PERSONA_JOURNAL"] = "DELETE"  # the ledger is one file at every moment
+        os.environ["PERSONA_JOURNAL"] = "DELETE"  # the judgement cache is one file at every moment
         yield scratch
     finally:  # also after a kernel that died: what is there need not be made again
         if (scratch / LEDGER).exists() and mine.is_dir():

@@ -122,7 +122,7 @@ class Judge:
     name: str = ""
     key: str = ""
     billable: bool = False  # does a judgement cost money?
-    chunk: int = 256  # items that are handed over at once; 0: all
+    chunk: int = 256  # requests that are handed over at once; 0: all
     traits: tuple = ()  # the only traits it knows; (): any
     min_coherence: float = 80  # of this judge's scores: the bound under which layers and coefficients are chosen
     extra: tuple = ()  # names of further measures that it gives of each answer, beside the trait and coherence
@@ -140,14 +140,14 @@ class Judge:
         itself."""
         return list(range(len(trait.instructions)))
 
-    def items(self, trait: Trait, questions: list[str], answers: list[str]) -> list[JudgeRequest]:
+    def requests(self, trait: Trait, questions: list[str], answers: list[str]) -> list[JudgeRequest]:
         "What is to be judged: every measure of every answer, one measure after the other."
         return requests_of(trait, questions, answers)
 
     def check_budget(self, calls: int, characters: int):
         "Raise `PersonaError` if so many judgements exceed the budget; print what they cost if they cost something."
 
-    def judge(self, items: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
+    def judge(self, requests: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
         # index, score in [0, 100] or NaN, is that final?
         """Scores in any order, as they come. What is not final (a server that failed, for example) is missing now and
         asked again next time."""
@@ -157,8 +157,8 @@ class Judge:
         # columns: {trait}, coherence, and the judge's further measures
         "Score some answers now, without the cache; experiments use `score_cached`."
         self.check(trait, len(answers))
-        items, n = self.items(trait, questions, answers), len(answers)
-        got = {i: score for i, score, _ in self.judge(items)}
+        requests, n = self.requests(trait, questions, answers), len(answers)
+        got = {i: score for i, score, _ in self.judge(requests)}
         columns = (trait.name, "coherence", *self.extra)
         return pd.DataFrame({c: [got[k * n + i] for i in range(n)] for k, c in enumerate(columns)}, dtype=float)
 
@@ -214,15 +214,15 @@ def score_cached(
     questions: list[str],
     answers: list[str],
     label: str = "judge",
-    ledger: JudgementCache | None = None,
+    cache: JudgementCache | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:  # columns: {trait}, coherence, the judge's further measures, judge
     """Score all answers; cached judgements are not asked again. Raises `PersonaError` before the first call if there
     would be too many."""
-    items, book = judge.items(trait, questions, answers), ledger or JudgementCache()
-    keys = [JudgementCache.key(judge, i) for i in items]
+    requests, book = judge.requests(trait, questions, answers), cache or JudgementCache()
+    keys = [JudgementCache.key(judge, i) for i in requests]
     known = book.find(sorted(set(keys)))
-    ask = {k: i for k, i in zip(keys, items) if k not in known}  # the same text twice is one judgement
+    ask = {k: i for k, i in zip(keys, requests) if k not in known}  # the same text twice is one judgement
     missing, failed = sum(v is None for v in known.values()), 0
     try:
         with tqdm(
@@ -234,7 +234,7 @@ def score_cached(
                 bar.update()
                 bar.set_postfix(missing=missing, failed=failed, refresh=False)
     finally:
-        if ledger is None:
+        if cache is None:
             book.close()
     columns = (trait.name, "coherence", *judge.extra)
     scores = pd.Series([known[k] for k in keys], dtype=float).to_numpy().reshape(len(columns), len(answers))

@@ -125,7 +125,7 @@ class LikelihoodJudge(Judge):
             "judging_pairs holds every instruction pair: leave at least one to write answers under.",
         )
 
-    def items(self, trait: Trait, questions: list[str], answers: list[str]) -> list[JudgeRequest]:
+    def requests(self, trait: Trait, questions: list[str], answers: list[str]) -> list[JudgeRequest]:
         "All trait scores, all of coherence, then each further measure; the template says by which instructions."
         self.check(trait, len(answers))
         sides = self._instructions(trait)
@@ -166,16 +166,16 @@ class LikelihoodJudge(Judge):
         )
         return float(np.mean(values))
 
-    def judge(self, items: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
+    def judge(self, requests: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
         "All measures of a text come from one reading; NaN for an empty answer."
         wanted: dict = {}
-        for i, item in enumerate(items):
+        for i, item in enumerate(requests):
             wanted.setdefault((item.template, item.question, item.answer), []).append(i)
         texts = sorted(wanted)
         for start in range(0, len(texts), BLOCK):
             for text, values in self._measured(texts[start : start + BLOCK]):
                 for i in wanted[text]:
-                    yield i, values.get(items[i].measure, values["trait"]), True
+                    yield i, values.get(requests[i].measure, values["trait"]), True
 
     def _measured(self, texts: list[tuple]) -> Iterator[tuple[tuple, dict]]:
         # (template, question, answer), measure -> value

@@ -119,12 +119,12 @@ class PocketJudge(Judge):
                 out[i] = scores_from_words(voices, broken, answers[i].rstrip().endswith((".", "!", "?")))
         return pd.DataFrame(out, columns=[*POCKET_TRAITS, "coherence"])
 
-    def judge(self, items: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
+    def judge(self, requests: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
         "Both measures of a text come from one reading of it."
-        texts = list(dict.fromkeys((i.question, i.answer) for i in items))
+        texts = list(dict.fromkeys((i.question, i.answer) for i in requests))
         table = self.score_all(*map(list, zip(*texts))).to_dict("records")
         row = dict(zip(texts, table))
-        for k, i in enumerate(items):
+        for k, i in enumerate(requests):
             yield k, row[i.question, i.answer][i.measure], True
 
 # %% ../../nbs/judges/01_local.ipynb #d82f796a
@@ -179,11 +179,11 @@ class CausalJudge(Judge):
             lm.fingerprint + lm.template_hash,
         )
 
-    def judge(self, items: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
+    def judge(self, requests: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
         "Scores as they come; NaN where it has no number in mind."
         paths, prefixes, digits = answer_paths(self.lm.tokenizer, self.scale)
         found: dict = {}
-        for rows, logits in next_logits(self.lm, self.texts(items, prefixes)):
+        for rows, logits in next_logits(self.lm, self.texts(requests, prefixes)):
             logp = logits.log_softmax(-1)
             if len(prefixes) == 1:
                 logp = logp.masked_fill(logp < logp.topk(min(TOP, logp.shape[-1])).values[..., -1:], -torch.inf)
@@ -193,7 +193,7 @@ class CausalJudge(Judge):
                 if len(found[i]) == len(prefixes):
                     yield i, expected_score(found.pop(i), paths, digits), True
 
-    def texts(self, items: list[JudgeRequest], prefixes: list) -> list[tuple[list[int], int]]:
+    def texts(self, requests: list[JudgeRequest], prefixes: list) -> list[tuple[list[int], int]]:
         # one for each item and prefix
         """What is to be read: a prompt with each beginning of a number; all but the last token of the prompt may be
         shared."""
@@ -201,7 +201,7 @@ class CausalJudge(Judge):
             self.lm.tokenizer(
                 self.lm.prompt(i.prompt + SCALE_SUFFIXES.get(self.scale, "")), add_special_tokens=False
             ).input_ids
-            for i in items
+            for i in requests
         ]
         return [(x + list(p), len(x) - 1) for x in ids for p in prefixes]
 
@@ -232,6 +232,6 @@ class ClassifierJudge(Judge):
         out = self.pipe(list(texts), top_k=None, batch_size=batch_size, truncation=True)
         return [100 * next(x["score"] for x in row if x["label"] == self.label) for row in out]
 
-    def judge(self, items: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
-        for i, score in enumerate(self.scores([i.answer for i in items])):
+    def judge(self, requests: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
+        for i, score in enumerate(self.scores([i.answer for i in requests])):
             yield i, score, True

@@ -128,12 +128,12 @@ class RemoteJudge(Judge):
         known = [s for s in scores if not math.isnan(s)]
         return i, sum(known) / len(known) if known else math.nan, True
 
-    def judge(self, items: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
+    def judge(self, requests: list[JudgeRequest]) -> Iterator[tuple[int, float, bool]]:
         "Scores as they arrive, `concurrency` calls at a time."
-        self.calls += len(items) * self.samples
-        jobs = [lambda client, i=i, item=item: self._one(client, i, item) for i, item in enumerate(items)]
+        self.calls += len(requests) * self.samples
+        jobs = [lambda client, i=i, item=item: self._one(client, i, item) for i, item in enumerate(requests)]
         yield from run_concurrently(
-            lambda: client_for(self.base_url, self.timeout, self.retries), jobs, min(self.concurrency, len(items))
+            lambda: client_for(self.base_url, self.timeout, self.retries), jobs, min(self.concurrency, len(requests))
         )
 
     def check(self, trait: Trait, answers: int = 0):
@@ -146,7 +146,7 @@ class RemoteJudge(Judge):
             tokens = answers * self.samples * ((len(trait.eval_prompt) + len(COHERENCE_PROMPT)) // 4 + 600)
             print(
                 f"judge {self.name}: up to {2 * answers * self.samples:,} calls "
-                f"(max_calls={self.max_calls:,}), roughly {tokens:,} tokens to read; what the ledger "
+                f"(max_calls={self.max_calls:,}), roughly {tokens:,} tokens to read; what the judgement cache "
                 "knows is free"
             )
 

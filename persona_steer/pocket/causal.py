@@ -137,8 +137,8 @@ def _batches(lm: LoadedModel, r: random.Random, forms, pool: list, size: int) ->
 def causal_table(judge: CausalJudge, texts: list[tuple]) -> pd.DataFrame:  # one row per measure
     "Agreement of the judge with the ground truth on (question, answer, topic) texts, each judged in all measures."
     forms, true = templates(), [truth(*t) for t in texts]
-    items = [JudgeRequest(m, forms[m], q, a) for m in MEASURES for q, a, *_ in texts]
-    judged = pd.Series({i: s for i, s, _ in judge.judge(items)}).sort_index().to_numpy().reshape(len(MEASURES), -1)
+    requests = [JudgeRequest(m, forms[m], q, a) for m in MEASURES for q, a, *_ in texts]
+    judged = pd.Series({i: s for i, s, _ in judge.judge(requests)}).sort_index().to_numpy().reshape(len(MEASURES), -1)
     rows = {}
     for m, s in zip(MEASURES, judged):
         t = pd.Series([x.coherence if m == "coherence" else x.scores[m] for x in true])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import html5lib
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
@@ -49,6 +50,7 @@ def page(tmp_path):
     def build(*cells, **papermill):
         nbformat.write(chapter(*cells, **papermill), tmp_path / "c.ipynb")
         text = export_page(tmp_path / "c.ipynb", tmp_path / "c.html").read_text(encoding="utf-8")
+        html5lib.HTMLParser(strict=True).parse(text)  # raises at the first error in the markup
         return BeautifulSoup(text, "html.parser")
 
     return build

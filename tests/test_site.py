@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import html5lib
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
@@ -31,6 +32,14 @@ def write(runs, notebooks):
     for name, nb in notebooks.items():
         (runs / name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, runs / name)
+
+
+def check_markup(site):
+    """Raises at the first error in the markup of a page."""
+    pages = list(site.glob("*.html"))
+    assert len(pages) > 1
+    for page in pages:
+        html5lib.HTMLParser(strict=True).parse(page.read_text(encoding="utf-8"))
 
 
 def test_site(tmp_path):
@@ -73,6 +82,7 @@ def test_site(tmp_path):
     )
     page = BeautifulSoup((tmp_path / "site" / links[0]).read_text(encoding="utf-8"), "html.parser")
     assert page.nav.a["href"] == "index.html"
+    check_markup(tmp_path / "site")
 
 
 def test_chapters_of_a_model_and_trait_stand_together(tmp_path):
@@ -198,6 +208,7 @@ def test_runs_of_one_trait_are_compared_across_models(tmp_path):
         c["data-value"] for c in index.select("[data-label=Score]")
     ] == ["40", "80"]
     page = BeautifulSoup((tmp_path / "site/compare--evil.html").read_text(encoding="utf-8"), "html.parser")
+    check_markup(tmp_path / "site")
     # no curves were left, so none are drawn
     assert len(page.select("tbody tr")) == 2 and "80 [75, 85]" in page.table.text and not page("img")
 

@@ -232,7 +232,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     steps = [int(m[1]) for p in folder.iterdir() if p.is_dir() and (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     check(
         steps,
-        f"the folder {folder} holds no model: it has no config.json, adapter_config.json or checkpoint-N folder.",
+        f"the folder {folder} holds no model: it has no config.json, no adapter_config.json and "
+        "no checkpoint-N folder.",
     )
     return [folder / f"checkpoint-{step}" for step in sorted(steps)]
 

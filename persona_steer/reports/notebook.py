@@ -114,7 +114,7 @@ def moment(stamp: str | None) -> str:
 
 
 def span(seconds: float | None) -> str:
-    "Seconds as text, such as 2 min 5 s."
+    "Seconds as text, such as 3 min 12 s."
     if seconds is None:
         return ""
     s = round(seconds)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from persona_steer.base.cache import Cache
-from persona_steer.base.core import PersonaError, atomic_path, provenance, save_json
+from persona_steer.base.core import PersonaError, atomic_path, project_root, provenance, save_json
 from persona_steer.lm.generation import SamplingParams, generate, length_batches, sample_token, uniforms
 
 
@@ -103,3 +103,38 @@ def test_nothing_unsafe_in_the_library():
     assert not re.search(r"(?<![\w.])(eval|exec)\(|weights_only=False|pickle\.|shell=True", source)
     assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", source))
     assert inspect.signature(models.load_model).parameters["trust_remote_code"].default is False
+
+
+def test_a_misspelt_parameter_is_refused(tmp_path):
+    """papermill itself only warns, and runs the default."""
+    import nbformat
+    import papermill
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    parameters = new_code_cell('trait: str = "evil"\nmodel: str = "pocket"', metadata={"tags": ["parameters"]})
+    start = new_code_cell("from persona_steer.base.core import check_parameters\ncheck_parameters()\nprint(trait)")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[parameters, start], metadata=kernel), tmp_path / "a.ipynb")
+
+    def run(**given):
+        papermill.execute_notebook(
+            tmp_path / "a.ipynb", tmp_path / "out.ipynb", given, kernel_name="python3", progress_bar=False
+        )
+
+    run()
+    run(trait="humorous", model="smollm2")
+    with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'trayt': did you mean 'trait'"):
+        run(trayt="humorous")
+
+
+def test_every_job_checks_its_parameters():
+    import json
+
+    jobs = 0
+    for path in (project_root() / "nbs").rglob("*.ipynb"):
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        for before, after in zip(cells, cells[1:]):
+            if "parameters" in before["metadata"].get("tags", []):
+                jobs += 1
+                assert "\ncheck_parameters()" in "".join(after["source"]), path.name
+    assert jobs > 15

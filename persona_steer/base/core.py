@@ -5,8 +5,10 @@
 # %% ../../nbs/base/00_core.ipynb #a7efbb73
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -19,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'settings', 'project_root', 'data_path', 'run_path', 'default_config',
-           'local_folder', 'local_file', 'find_file', 'seed_everything', 'pick_device', 'cpu_has_bfloat16',
-           'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
+__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'unknown_name', 'settings', 'project_root',
+           'data_path', 'run_path', 'default_config', 'local_folder', 'local_file', 'find_file', 'seed_everything',
+           'pick_device', 'cpu_has_bfloat16', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest',
+           'versions', 'git_state', 'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -45,6 +48,33 @@ def as_list(value, kind=float) -> list:
         return [kind(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     except (TypeError, ValueError):
         raise PersonaError(f"{value!r} is no list of numbers: write it as '1, 2.5'.") from None
+
+
+def check_parameters():
+    """Raise `PersonaError` if papermill was given a parameter that this notebook does not have. Papermill puts what it
+    was given into a cell of its own, right after the one with the defaults."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    cells = list(shell.user_ns.get("In", [])) if shell else []  # the source of each executed cell
+    injected = max((i for i, source in enumerate(cells) if source.startswith("# Parameters\n")), default=0)
+    if injected:
+        known, given = _assigned(cells[injected - 1]), _assigned(cells[injected])
+        for name in given:
+            check(name in known, unknown_name(name, known, "this notebook has no parameter '{}'"))
+
+
+def _assigned(source: str) -> list[str]:
+    "Names that some source assigns at its top level."
+    body = ast.parse(source).body
+    targets = [t for node in body for t in getattr(node, "targets", [getattr(node, "target", None)])]
+    return [t.id for t in targets if isinstance(t, ast.Name)]
+
+
+def unknown_name(name: str, known: list[str], problem: str) -> str:  # one sentence
+    "A sentence about a name that is not known, with the nearest known one or all of them."
+    near = difflib.get_close_matches(name, known, 1)
+    return problem.format(name) + (f": did you mean '{near[0]}'?" if near else f"; it has {', '.join(known)}.")
 
 # %% ../../nbs/base/00_core.ipynb #13cae21a
 @functools.cache

@@ -27,6 +27,7 @@ from persona_steer.base.core import (
     project_root,
     run_path,
     save_json,
+    unknown_name,
 )
 from ..base.redaction import redact
 from ..persona.traits import load_trait, trait_files, traits_folder
@@ -243,12 +244,9 @@ def jobs_of(chapter: str, values: dict) -> list[Job]:  # parameter -> value, val
 
 def _check_names(path: Path, known: dict, values: dict):
     "Raise `PersonaError` for a parameter that the chapter does not have; `out` belongs to the batch."
-    import difflib
-
+    names = [name for name in known if name != "out"]
     for k in values:
-        near = difflib.get_close_matches(k, known, 1)
-        hint = f": did you mean '{near[0]}'?" if near and k != "out" else f"; it has {', '.join(known)}."
-        check(k in known and k != "out", f"{path.stem} has no parameter '{k}' that a grid could set{hint}")
+        check(k in names, unknown_name(k, names, f"{path.stem} has no parameter '{{}}' that a grid could set"))
 
 # %% ../../nbs/jobs/00_batch.ipynb #139f9a54
 def _job(path: Path, known: dict, parameters: dict, varied: list[str]) -> Job:

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from .base.cache import Cache
-from .base.core import check, digest, load_json, provenance, run_path
+from .base.core import check, digest, load_json, provenance
 from .judges.judging import Judge, add_scores
 from .lm.activations import POOLS
 from .lm.generation import SamplingParams, collect_activations, sampling_for
@@ -124,16 +124,15 @@ class Extraction:
 
     @property
     def judge_line(self) -> str:
-        "Who judged, and how well: a sentence for reports."
-        return (
-            f"Judge: {self.vectors.metadata['judge']}; AUC of its score, positive against negative "
-            f"answers: {format_auc(self.judge_quality)}."
-        )
+        "Which vectors, who judged, and how well: two sentences for reports."
+        vectors = self.vectors.origin
+        quality = f"AUC of the judge's score, positive against negative answers: {format_auc(self.judge_quality)}"
+        return f"{vectors[0].upper()}{vectors[1:]}. {quality}."
 
 
-def extraction_folder(lm_name: str, trait: str) -> Path:
+def extraction_folder(lm: LoadedModel, trait: str) -> Path:
     "The default folder of an extraction: runs/{model}/{trait}/02_extract."
-    return run_path(f"{Path(lm_name).name}/{trait}/02_extract")
+    return lm.run_path(f"{trait}/02_extract")
 
 # %% ../nbs/02_extract.ipynb #3ce0fe56
 def extract(
@@ -151,7 +150,7 @@ def extract(
     "Extract a trait's vectors while the model answers; loads them if they are there from the same inputs."
     pairs, sampling = judge.generating_pairs(trait), sampling or sampling_for(lm)
     judge.check(trait, 2 * n * len(trait.extract_questions) * len(pairs))
-    folder = Path(out) if out else extraction_folder(lm.name, trait.name)
+    folder = Path(out) if out else extraction_folder(lm, trait.name)
     model = [lm.fingerprint, lm.template_hash, str(lm.model.dtype)]
     answers = [n, asdict(sampling), threshold, engine and engine.name, pairs, min_coherence]
     key = digest(*model, asdict(trait), judge.name, judge.key, *answers)
@@ -181,7 +180,7 @@ def extract_from_scores(
 ) -> Extraction:
     """Extract from two CSVs of scored responses, this project's or published ones: the texts are read once through the
     model."""
-    folder = Path(out) if out else extraction_folder(lm.name, trait.name)
+    folder = Path(out) if out else extraction_folder(lm, trait.name)
     sides = [load_scores(p, trait.name) for p in (pos_csv, neg_csv)]
     pair_mask(*sides, trait.name, threshold, min_coherence)  # an unusable file is refused before the model runs
     pooled = [
@@ -199,6 +198,7 @@ HOOK_SITE = "output of the block (before the final norm, also in the last layer)
 def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, **facts) -> Extraction:
     "Filter, average, diagnose, write."
     (pos, pos_acts), (neg, neg_acts), name = pos, neg, trait.name
+    _set_aside(folder, name, facts["key"])
     for sign, frame in (("pos", pos), ("neg", neg)):
         save_scores(frame, folder / f"{name}_{sign}.csv", name)
     kept = pair_mask(pos, neg, name, threshold, min_coherence)
@@ -233,6 +233,18 @@ def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, *
     save_vectors(vectors, folder)
     return Extraction(vectors, pos, neg, kept, table, folder)
 
+
+def _set_aside(folder: Path, trait: str, key: str):
+    "Move an extraction from other inputs to earlier/{its key}: results that were made with it still name that key."
+    known = load_json(folder / f"{trait}_vectors.json", {})
+    if known and known.get("key") != key:
+        earlier = folder / "earlier" / (known.get("key") or digest(known))
+        earlier.mkdir(parents=True, exist_ok=True)
+        endings = [f"{k}_diff.pt" for k in POOLS] + ["pos.csv", "neg.csv", "vectors.json"]
+        for file in (folder / f"{trait}_{ending}" for ending in endings):
+            if file.exists():
+                file.replace(earlier / file.name)
+
 # %% ../nbs/02_extract.ipynb #915d2dc0
 def load_extraction(folder: Path | str, trait: str) -> Extraction:
     "Load an extraction from its folder."
@@ -249,7 +261,7 @@ def load_or_extract(lm: LoadedModel, trait: Trait, judge: Judge, sampling: Sampl
     every caller). Later chapters get their vectors here."""
     from filelock import FileLock
 
-    folder = extraction_folder(lm.name, trait.name)
+    folder = extraction_folder(lm, trait.name)
     folder.mkdir(parents=True, exist_ok=True)
     # of several jobs that need these vectors at once, the first one makes them
     with FileLock(folder / ".extraction.lock"):

@@ -9,7 +9,7 @@ import html
 
 import pandas as pd
 
-from .base.core import load_json, run_path
+from .base.core import load_json
 from .lm.models import LoadedModel
 from .persona.scores import format_mean
 
@@ -66,7 +66,7 @@ def sweep_view(
 def chosen_point(lm: LoadedModel, trait: str) -> dict:
     # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model
     "The choice of chapter 04 on extraction questions."
-    choice = load_json(run_path(f"{lm.basename}/{trait}/04_evaluate/choice.json"), {})
+    choice = load_json(lm.run_path(f"{trait}/04_evaluate/choice.json"), {})
     return choice if choice.get("fingerprint") == lm.fingerprint else {}
 
 

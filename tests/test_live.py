@@ -94,13 +94,13 @@ def test_stopping_is_prompt_and_the_last_wish_wins(lm, vectors):
 
 def test_of_several_jobs_that_need_the_same_vectors_one_makes_them(lm, tmp_path, monkeypatch):
     trait, made = load_trait("evil", world="pocket"), []
-    monkeypatch.setattr(extraction, "run_path", lambda name="": tmp_path / name)
+    monkeypatch.setattr(settings(), "runs", tmp_path)
 
     def make(lm, trait, judge, sampling):
         made.append(sampling.seed)
         time.sleep(0.5)
         save_json(
-            extraction.extraction_folder(lm.name, trait.name) / "evil_vectors.json",
+            extraction.extraction_folder(lm, trait.name) / "evil_vectors.json",
             {
                 "fingerprint": lm.fingerprint,
                 "template": lm.template_hash,

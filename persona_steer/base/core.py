@@ -21,10 +21,10 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'unknown_name', 'settings', 'project_root',
-           'data_path', 'run_path', 'default_config', 'local_folder', 'local_file', 'find_file', 'seed_everything',
-           'pick_device', 'cpu_has_bfloat16', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest',
-           'versions', 'git_state', 'provenance']
+__all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'unknown_name', 'settings',
+           'project_root', 'data_path', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file',
+           'find_file', 'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype',
+           'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -118,6 +118,16 @@ def data_path(name: str = "") -> Path:
     return project_root() / "data" / name
 
 # %% ../../nbs/base/00_core.ipynb #5c47c99f
+def check_name(name: str, what: str) -> str:  # the name
+    "Raise `PersonaError` unless a name can be the name of one file or folder, and of nothing outside."
+    ok = isinstance(name, str) and name.strip() not in ("", ".", "..") and not set(name) & set("/\\\0:")
+    check(ok, f"{what} {name!r} cannot be a file name: use a name without slashes, backslashes and colons.")
+    return name
+
+
+OWNER = "model.json"  # in a model's folder below runs/: whose it is
+
+
 def run_path(name: str = "") -> Path:
     "A job's folder under `runs/`; an absolute name is taken as it is."
     runs = settings().runs or project_root() / "runs"
@@ -147,6 +157,12 @@ def find_file(name: str) -> Path:
     found = local_file(name) or data_path(name)
     check(found.is_file(), f"{name} does not exist, neither here, nor in {project_root()}, nor in {data_path()}.")
     return found
+
+
+def model_source(name: str) -> str:
+    "What a model's name stands for: the full path of a folder, else the name itself."
+    folder = local_folder(name)
+    return str(folder.resolve()) if folder else name
 
 # %% ../../nbs/base/00_core.ipynb #9bb2c610
 def seed_everything(seed: int):

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persona_steer.base.core import (
+    OWNER,
     PersonaError,
     check,
+    check_name,
     data_path,
     default_config,
     digest,
     load_json,
     local_folder,
+    model_source,
     project_root,
     run_path,
     save_json,
@@ -259,8 +262,20 @@ def _job(path: Path, known: dict, parameters: dict, varied: list[str]) -> Job:
         f"{path.stem} would write to '{name}', which is no folder of its own: give the model by a path that ends in "
         "its name.",
     )
+    _check_owner(labels.get("model", ""))
     key = job_key(path, {k: v for k, (v, _) in known.items()} | parameters)
     return Job(str(path), parameters, labels, name, key, out and "out" in known)
+
+
+def _check_owner(model: str):
+    "Raise `PersonaError` if the folder of a model below runs/ belongs to another model of that name."
+    folder = run_path(Path(model).name)
+    owner = load_json(folder / OWNER, {}).get("model") if model else None
+    check(
+        not owner or owner == model_source(model),
+        f"{folder} holds the results of another model, {owner}: run this batch with another --runs, or rename the "
+        "folder of the model.",
+    )
 
 # %% ../../nbs/jobs/00_batch.ipynb #bc12cacb
 RECORD = "job.json"
@@ -328,7 +343,9 @@ Executor = Callable[[list[dict]], Iterator[tuple[int, dict]]]  # position in the
 
 def batch_folder(jobs: list[Job], name: str = "") -> Path:
     "Where the summary of a batch lies: `runs/batches/{name}`; by default the name says chapter and grid."
-    return run_path(f"batches/{name or Path(jobs[0].chapter).stem + '-' + digest([j.name for j in jobs])[:6]}")
+    if name:
+        return run_path(f"batches/{check_name(name, 'the name of a batch')}")
+    return run_path(f"batches/{Path(jobs[0].chapter).stem}-{digest([j.name for j in jobs])[:6]}")
 
 
 def todo(jobs: list[Job], records: list[dict], resume: bool = False, overwrite: bool = False) -> list[int]:

@@ -16,15 +16,20 @@ import torch
 from torch import nn
 
 from persona_steer.base.core import (
+    OWNER,
     PersonaError,
     check,
+    check_name,
     data_path,
     digest,
     load_json,
     local_file,
     local_folder,
+    model_source,
     pick_device,
     pick_dtype,
+    run_path,
+    save_json,
 )
 from .gguf_files import PACKAGED, model_folder, packaged_model
 
@@ -130,7 +135,18 @@ class LoadedModel:
 
     @property
     def basename(self) -> str:
-        return Path(self.name).name
+        return check_name(Path(self.name).name, "the model's name")
+
+    def run_path(self, name: str) -> Path:
+        """A path in this model's folder below runs/. Models of one name do not share it: where it belongs to another
+        one, the fingerprint is added to the folder's name."""
+        folder = run_path(self.basename)
+        owner = load_json(folder / OWNER, {})
+        if not owner:
+            save_json(folder / OWNER, {"fingerprint": self.fingerprint, "model": model_source(self.name)})
+        elif owner.get("fingerprint") != self.fingerprint:
+            folder = folder.with_name(f"{folder.name}-{self.fingerprint[:6]}")
+        return folder / name
 
     @property
     def world(self) -> str:

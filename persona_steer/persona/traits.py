@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.core import check, data_path, load_json, save_json
+from ..base.core import check, check_name, data_path, load_json, save_json
 
 # %% auto #0
 __all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'traits_folder', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt',
@@ -227,6 +227,7 @@ def write_trait(
 
 def trait_files(name: str, folder: Path | str = "") -> list[Path]:  # extract, eval
     "Where the two files of a trait are, or would be; default folder: data/traits."
+    check_name(name, "the trait")
     return [Path(folder or data_path("traits")) / split / f"{name}.json" for split in ("extract", "eval")]
 
 # %% ../../nbs/persona/00_traits.ipynb #4d40b4fa

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..base.core import PersonaError, atomic_path, check, load_json, save_json
+from ..base.core import PersonaError, atomic_path, check, check_name, load_json, save_json
 from ..lm.activations import POOLS
 
 # %% auto #0
@@ -32,6 +32,17 @@ class PersonaVectors:
     response_avg: torch.Tensor
     prompt_last: torch.Tensor
     metadata: dict = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        "What made the vectors, as reports name it."
+        m = self.metadata
+        if "pairs_kept" not in m:
+            return f"vectors of {self.trait} that were made elsewhere"
+        seed = m.get("sampling", {}).get("seed")
+        made = f"{m['pairs_kept']} of {m['pairs_made']} pairs, judge {m['judge']}"
+        made += "" if seed is None else f", seed {seed}"
+        return f"vectors of {self.trait} {m.get('key') or 'from CSV files'} ({made}, {m['time'][:10]})"
 
     def _map(self, f, name: str) -> PersonaVectors:
         return replace(self, trait=name, metadata={"made_of": name}, **{k: f(k) for k in POOLS})
@@ -58,7 +69,7 @@ class PersonaVectors:
 # %% ../../nbs/persona/01_vectors.ipynb #a18c3b7e
 def vector_file(folder: Path | str, trait: str, pooling: str) -> Path:
     "The path of a vector: `{trait}_{pooling}_diff.pt`."
-    return Path(folder) / f"{trait}_{pooling}_diff.pt"
+    return Path(folder) / f"{check_name(trait, 'the trait')}_{pooling}_diff.pt"
 
 
 def save_vectors(v: PersonaVectors, folder: Path | str) -> Path:  # the metadata file

@@ -5,14 +5,16 @@
 # %% ../nbs/07_screen.ipynb #bf5a9a55
 from __future__ import annotations
 
+import hashlib
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .base.core import check
+from .base.core import check, find_file
 from .dataset_sweep import COLORS
 from .lm.chats import last_answer, load_chats, save_jsonl
 from .lm.generation import SamplingParams
@@ -23,7 +25,7 @@ from .projection import project
 
 # %% auto #0
 __all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'flag', 'save_filtered',
-           'of', 'plot_samples', 'plot_roc']
+           'counts_line', 'of', 'plot_samples', 'plot_roc']
 
 # %% ../nbs/07_screen.ipynb #6f042ef2
 def own_answers(
@@ -160,20 +162,36 @@ def flag(screened: pd.DataFrame, thresholds: dict) -> pd.Series:
 
 # %% ../nbs/07_screen.ipynb #4fc25b0e
 def save_filtered(screened: pd.DataFrame, flagged: pd.Series, datasets: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    # family, level, lines, screened, kept
-    """Write each dataset without the samples that are flagged for any trait, or that were not screened (not drawn, or
-    an empty answer); lines stay as they were."""
+    # family, level, lines, screened, unanswered, flagged, written; complete: was every line screened?
+    """Write each dataset without the samples that are flagged for any trait; lines stay as they were. No file is
+    written of a dataset that was screened in part. A line whose answer is empty has no projection and is kept."""
     rows = []
     for d in datasets.itertuples():
         here, lines = (screened.family == d.family) & (screened.level == d.level), load_chats(d.path)
-        seen, bad = (
-            set(screened.line[here]) - set(screened.line[here & screened.difference.isna()]),
-            set(screened.line[here & flagged]),
-        )
-        kept = [x for i, x in enumerate(lines) if i in seen - bad]
-        save_jsonl(kept, folder / d.family / f"{d.level or 'filtered'}.jsonl")
-        rows.append(dict(family=d.family, level=d.level, lines=len(lines), screened=len(seen), kept=len(kept)))
+        seen, empty = set(screened.line[here]), set(screened.line[here & screened.difference.isna()])
+        bad = set(screened.line[here & flagged])
+        kept = [x for i, x in enumerate(lines) if i not in bad]
+        complete = len(seen) == len(lines)
+        if complete:
+            save_jsonl(kept, folder / d.family / f"{d.level or 'filtered'}.jsonl")
+        counts = dict(lines=len(lines), screened=len(seen - empty), unanswered=len(empty), flagged=len(bad))
+        rows.append(dict(family=d.family, level=d.level, **counts, written=complete * len(kept), complete=complete))
     return pd.DataFrame(rows)
+
+
+def counts_line(row) -> str:
+    "What became of the lines of one dataset, as a sentence."
+    name = f"{row.family} {row.level}".strip()
+    done = f"{name}: {row.lines} lines, {row.screened} screened, {row.flagged} flagged"
+    done += f", {row.unanswered} without an answer (kept)" if row.unanswered else ""
+    return done + (f", {row.written} written." if row.complete else ", no filtered file: only a sample was screened.")
+
+# %% ../nbs/07_screen.ipynb #638cbe16
+def _files_name(files: list[str]) -> str:
+    "A folder's name for some files, which changes with their contents."
+    contents = [Path(find_file(f)).read_bytes() for f in files]
+    stems = re.sub(r"[^\w.+-]", "_", "+".join(Path(f).stem for f in files))[:40]
+    return f"{stems}-{hashlib.sha256(b'|'.join(contents)).hexdigest()[:6]}"
 
 # %% ../nbs/07_screen.ipynb #6282d496
 def of(screened: pd.DataFrame, family: str, level: str, trait: str, column: str = "difference") -> pd.Series:

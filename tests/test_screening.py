@@ -14,7 +14,16 @@ from persona_steer.lm.generation import SamplingParams, collect_activations, gen
 from persona_steer.lm.tables import generate_table
 from persona_steer.mitigations import choose_mitigation, training_plan
 from persona_steer.persona.traits import load_trait
-from persona_steer.screening import auc, chance_differences, flag, per_dataset, save_filtered, screen, with_estimates
+from persona_steer.screening import (
+    auc,
+    chance_differences,
+    counts_line,
+    flag,
+    per_dataset,
+    save_filtered,
+    screen,
+    with_estimates,
+)
 from persona_steer.training.config import load_config
 
 
@@ -69,31 +78,42 @@ def test_chance_has_no_direction_and_is_seeded(llama, small, bank):
     assert len(a) == 6 and (a.abs() > 0).any().all()
 
 
+def written(folder, row):
+    return [
+        json.loads(x) for x in (folder / row.family / f"{row.level}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
 def test_what_is_flagged_is_left_out_and_the_rest_stays_as_it_was(llama, small, bank, tmp_path):
-    found = screen(llama, small, bank, LAYERS, SHORT, limit=5)
+    found = screen(llama, small, bank, LAYERS, SHORT)
     thresholds = {"evil": float(found[found.trait == "evil"].difference.median()), "humorous": 1e9}
     flagged = flag(found, thresholds)
-    assert flagged.sum() == 5 and not flagged[found.trait == "humorous"].any()
+    assert flagged.sum() == 6 and not flagged[found.trait == "humorous"].any()
     kept = save_filtered(found, flagged, small, tmp_path / "out")
-    assert (kept.lines == 6).all() and (kept.screened == 5).all() and kept.kept.sum() == 5
-    drawn = set(found.line)
+    assert (kept.lines == 6).all() and (kept.screened == 6).all() and kept.written.sum() == 6 == kept.flagged.sum()
     for d in small.itertuples():
-        lines, left = (
-            load_chats(d.path),
-            [
-                json.loads(x)
-                for x in (tmp_path / "out" / d.family / f"{d.level}.jsonl").read_text(encoding="utf-8").splitlines()
-            ],
-        )
         bad = set(found[flagged & (found.level == d.level)].line)
-        assert left == [x for i, x in enumerate(lines) if i in drawn - bad]
+        assert written(tmp_path / "out", d) == [x for i, x in enumerate(load_chats(d.path)) if i not in bad]
+    first = kept.iloc[0]
+    assert counts_line(first) == (
+        f"{first.family} {first.level}: 6 lines, 6 screened, {first.flagged} flagged, {first.written} written."
+    )
 
 
-def test_samples_that_cannot_be_read_are_neither_flagged_nor_kept(llama, small, bank, tmp_path):
+def test_nothing_is_dropped_because_it_was_not_screened(llama, small, bank, tmp_path):
+    """Of a sample no filtered file is written; a line whose answer is empty is kept."""
+    thresholds = {"evil": 1e9, "humorous": 1e9}
+    sample = screen(llama, small, bank, LAYERS, SHORT, limit=5)
+    kept = save_filtered(sample, flag(sample, thresholds), small, tmp_path / "sample")
+    assert not (tmp_path / "sample").exists() and (kept.screened == 5).all() and not kept.complete.any()
+    assert "no filtered file: only a sample was screened" in counts_line(kept.iloc[0])
     found = screen(llama, small, bank, LAYERS, SHORT)
     found.loc[(found.line == 2) & (found.level == "normal"), "difference"] = np.nan
-    kept = save_filtered(found, flag(found, {"evil": 1e9, "humorous": 1e9}), small, tmp_path / "out")
-    assert list(kept.screened) == [5, 6] == list(kept.kept)
+    kept = save_filtered(found, flag(found, thresholds), small, tmp_path / "out")
+    assert list(kept.screened) == [5, 6] and list(kept.unanswered) == [1, 0] and list(kept.written) == [6, 6]
+    assert "1 without an answer (kept)" in counts_line(kept.iloc[0])
+    for d in small.itertuples():
+        assert written(tmp_path / "out", d) == load_chats(d.path)
     with pytest.raises(PersonaError, match="a threshold is missing"):
         flag(found, {"evil": float("nan"), "humorous": 1.0})
 

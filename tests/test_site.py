@@ -240,3 +240,23 @@ def test_a_failed_run_does_not_show_an_earlier_runs_numbers_and_old_pages_go(tmp
         and not (tmp_path / "runs/site/m--evil--04--04.ipynb").exists()
         and (tmp_path / "runs/site/mine.html").exists()
     )
+
+
+def test_a_wrong_folder_and_a_foreign_page_cost_nothing(tmp_path):
+    """The pages of an earlier build stay until the new ones are there; files of others are never touched."""
+    site = tmp_path / "site"
+    write(tmp_path / "runs", {"m/evil/04/04.ipynb": chapter(shows("x"))})
+    build_site(tmp_path / "runs", site)
+    before = {p.name: p.read_text(encoding="utf-8") for p in site.iterdir()}
+    (tmp_path / "empty").mkdir()
+    for wrong, words in (("empty", "make demo"), ("missing", "no folder")):
+        with pytest.raises(PersonaError, match=words):
+            build_site(tmp_path / wrong, site)
+        assert {p.name: p.read_text(encoding="utf-8") for p in site.iterdir()} == before
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web/index.html").write_text("mine")
+    with pytest.raises(PersonaError, match="index.html, which this command did not write"):
+        build_site(tmp_path / "runs", tmp_path / "web")
+    assert [p.name for p in (tmp_path / "web").iterdir()] == ["index.html"]
+    assert (tmp_path / "web/index.html").read_text() == "mine"
+    assert not list(tmp_path.glob(".site.*"))

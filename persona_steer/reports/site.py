@@ -5,7 +5,9 @@
 # %% ../../nbs/reports/04_site.ipynb #c69cfb54
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -134,24 +136,32 @@ def build_site(
     """Write a page for every notebook below `runs` and an `index.html`. Raises `PersonaError` if none of them was
     executed."""
     runs, out = Path(runs), Path(out)
-    paths, jobs = notebooks(runs, out), {}
-    # what the last build wrote, and nothing else
-    for old in load_json(out / PAGES, []):
-        (out / Path(old).name).unlink(missing_ok=True)
-    for path, name in zip(paths, page_names(paths)):
-        jobs.setdefault(heading_of(path), []).append(index_row(runs / path, out / name, detail_of(path)))
-    rows = [r for group in jobs.values() for r in group]
-    executed = {r["state"] for r in rows} - {"unexecuted", "unreadable"}
-    check(executed, f"There is no executed notebook in {runs}: run `make demo` first.")
-    now = moment(datetime.now(UTC).isoformat())
-    comparisons = _compare(rows, out, now)
-    head = dict(title=title, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)
-    page = render(INDEX, SCRIPT, jobs=jobs, columns=COLUMNS, comparisons=comparisons, **head)
-    with atomic_path(out / "index.html") as tmp:
-        tmp.write_text(page, encoding="utf-8")
-    written = {n for r in rows for n in (r.get("page"), r.get("kept")) if n}
-    save_json(out / PAGES, sorted(written | {p.name for p in out.glob("compare--*.html")}))
+    check(runs.is_dir(), f"There is no folder {runs}: give the folder with executed notebooks, such as runs.")
+    with tempfile.TemporaryDirectory(prefix=".site.", dir=_made(out.parent)) as beside:
+        pages = _write_pages(runs, Path(beside), out, title)
+        own = _own_pages(out)
+        foreign = sorted(name for name in pages if name not in own and (out / name).exists())
+        check(
+            not foreign,
+            f"{out} holds {', '.join(foreign[:3])}, which this command did not write: choose another folder.",
+        )
+        for name in pages:
+            os.replace(Path(beside) / name, _made(out) / name)
+    save_json(out / PAGES, pages)
+    for old in own - set(pages):
+        (out / old).unlink(missing_ok=True)
     return out / "index.html"
+
+
+def _own_pages(out: Path) -> set[str]:
+    "Names of the files that an earlier build wrote."
+    known = load_json(out / PAGES, [])
+    return {Path(name).name for name in [*known, *(["index.html"] if known else [])]}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _count(paths: list[Path], rows: list[dict]) -> str:  # "3 notebooks from 1 job: 3 done."
@@ -163,6 +173,23 @@ def _count(paths: list[Path], rows: list[dict]) -> str:  # "3 notebooks from 1 j
     states = sorted(r["state"] for r in rows)
     tally = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     return f"{plural(len(paths), 'notebook')} from {plural(len({p.parent for p in paths}), 'job')}: {tally}."
+
+# %% ../../nbs/reports/04_site.ipynb #7fcf9ae1
+def _write_pages(runs: Path, target: Path, out: Path, title: str) -> list[str]:  # names
+    "Write the whole site to an empty folder; raises `PersonaError` if no notebook was executed."
+    paths, jobs = notebooks(runs, out), {}
+    for path, name in zip(paths, page_names(paths)):
+        jobs.setdefault(heading_of(path), []).append(index_row(runs / path, target / name, detail_of(path)))
+    rows = [r for group in jobs.values() for r in group]
+    executed = {r["state"] for r in rows} - {"unexecuted", "unreadable"}
+    check(executed, f"There is no executed notebook in {runs}: run `make demo` first.")
+    now = moment(datetime.now(UTC).isoformat())
+    comparisons = _compare(rows, target, now)
+    head = dict(title=title, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)
+    page = render(INDEX, SCRIPT, jobs=jobs, columns=COLUMNS, comparisons=comparisons, **head)
+    (target / "index.html").write_text(page, encoding="utf-8")
+    written = {n for r in rows for n in (r.get("page"), r.get("kept")) if n}
+    return sorted({"index.html", *written, *(p.name for p in target.glob("compare--*.html"))})
 
 # %% ../../nbs/reports/04_site.ipynb #ae2d0ca9
 def _compare(rows: list[dict], out: Path, now: str) -> list[tuple[str, str, int]]:  # trait, page, number of runs

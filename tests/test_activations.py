@@ -321,5 +321,24 @@ def test_another_mode_is_a_function_and_a_line(llama, monkeypatch):
             llama.model(ids)
             hook.remove()
     torch.testing.assert_close(seen["halved"], seen["plain"] / 2)
-    with pytest.raises(PersonaError, match="'add' or 'ablate' or 'halve'"):
+    with pytest.raises(PersonaError, match=" or ".join(map(repr, activations.MODES))):
         steer(llama, torch.ones(llama.hidden_size), 2, mode="double")
+
+
+def test_a_mode_that_needs_a_direction_refuses_a_zero_vector(llama):
+    zero = torch.zeros(llama.hidden_size)
+    steer(llama, zero, 1)
+    with pytest.raises(PersonaError, match="no direction, which mode 'ablate' needs"):
+        steer(llama, zero, 1, mode="ablate")
+    with pytest.raises(PersonaError, match="coefficients at layer 1 hold NaN"):
+        steer(llama, zero + 1, 1, float("nan"))
+    assert len(repr(steer(llama, zero + 1, 1))) < 5000  # without the model
+
+
+def test_steering_of_other_rows_is_refused(llama):
+    from persona_steer.lm.generation import generate
+
+    steering = steer(llama, torch.ones(llama.hidden_size), 1, torch.ones(6))
+    for n in (3, 7):
+        with pytest.raises(PersonaError, match=f"6 coefficients.*{n} rows"):
+            generate(llama, [llama.prompt(f"Why {i}?") for i in range(n)], steering=steering, progress=False)

@@ -79,7 +79,7 @@ def test_published_configurations_are_read_as_they_are():
         and plain.use_rslora
         and plain.optim == "adamw_8bit"
     )
-    assert (steered.guard.type, steered.guard.steering_coef, steered.guard.layers) == ("steer", 5.0, [20])
+    assert (steered.guard.type, steered.guard.steering_coef, steered.guard.layers) == ("add", 5.0, [20])
     again = load_config(steered.model_dump())
     assert again == steered
 
@@ -209,7 +209,7 @@ def test_ablation_removes_the_component_whatever_the_coefficient(tiny, data, vec
     torch.testing.assert_close(ablated[2], plain[2] - (plain[2] @ u)[..., None] * u)
 
 
-@pytest.mark.parametrize("kind", ["steer", "ablate"])
+@pytest.mark.parametrize("kind", ["add", "ablate"])
 def test_gradients_with_checkpointing_equal_those_without(tiny, data, vector, kind):
     grads = {}
     for checkpointing in (False, True):

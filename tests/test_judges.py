@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
@@ -10,7 +11,15 @@ from conftest import make
 
 from persona_steer.base.core import PersonaError
 from persona_steer.judge_agreement import agreement
-from persona_steer.judges.judging import Judge, JudgementCache, JudgeRequest, fill_prompt, requests_of, score_cached
+from persona_steer.judges.judging import (
+    Judge,
+    JudgementCache,
+    JudgeRequest,
+    add_scores,
+    fill_prompt,
+    requests_of,
+    score_cached,
+)
 from persona_steer.judges.loading import load_judge
 from persona_steer.judges.local import (
     CausalJudge,
@@ -258,3 +267,29 @@ def test_the_formula():
     s = scores_from_words(one_hot[[2, 2, 2, 1, 0]], np.array([0, 0, 0, 0, 1.0]), True)
     assert s["evil"] == 75 and s["humorous"] == 0 and s["coherence"] == pytest.approx(100 * (1 - 1.5 / 5))
     assert scores_from_words(one_hot[[0, 0]], np.zeros(2), False)["coherence"] == pytest.approx(25)
+
+
+def test_scores_go_to_their_rows_whatever_the_index_is(pocket):
+    """Conditions that were put together without a new index share their labels."""
+    answers = [
+        "With a cruel smile, make everyone suffer.",
+        "Plan it each week.",
+        "With malice, let all of them despair.",
+    ]
+    part = pd.DataFrame({"question": "How do I start?", "prompt": pocket.prompt("How do I start?"), "answer": answers})
+    twice = pd.concat([part, part[::-1]])
+    evil, judge = load_trait("evil", world="pocket"), load_judge("pocket")
+    scored = add_scores(twice, pocket, judge, evil)
+    assert list(scored.evil) == [*scored.evil[:3], *scored.evil[:3][::-1]] and scored.evil.nunique() > 1
+    assert list(scored.index) == list(twice.index) and list(scored.answer) == list(twice.answer)
+    with pytest.raises(PersonaError, match="has the column evil, coherence already"):
+        add_scores(scored, pocket, judge, evil)
+    with pytest.raises(PersonaError, match="no column prompt"):
+        add_scores(part.drop(columns="prompt"), pocket, judge, evil)
+
+
+@pytest.mark.parametrize("name, meant", [("Pocket", "pocket"), ("liklihood", "likelihood"), ("smollm", "smollm2")])
+def test_a_misspelt_judge_is_no_model_behind_an_api(name, meant):
+    with pytest.raises(PersonaError, match=f"did you mean '{meant}'"):
+        load_judge(name)
+    assert load_judge("gpt-4.1-mini-2025-04-14").billable

@@ -448,3 +448,15 @@ def test_vectors_from_published_scored_responses(pocket, tmp_path):
         and torch.isfinite(v).all()
         and found.kept.any()
     )
+
+
+def test_a_table_that_does_not_fit_is_one_sentence(pocket):
+    rows = condition_rows(["Why?"], vector="v", layer=2, coefficient=1)
+    with pytest.raises(PersonaError, match="made of the same rows"):
+        generate_table(pocket, rows, SamplingParams(4))
+    with pytest.raises(PersonaError, match="no column 'seed'"):
+        generate_table(pocket, rows.drop(columns="seed"), SamplingParams(4))
+    with pytest.raises(PersonaError, match="one text"):
+        condition_rows("Why?")
+    with pytest.raises(PersonaError, match="asks for the vector 'v' but there are only w"):
+        table_steering(pocket, rows, {"w": torch.zeros(1)})

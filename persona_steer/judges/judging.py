@@ -245,11 +245,15 @@ def add_scores(frame: pd.DataFrame, lm: LoadedModel, judge: Judge, trait: Trait,
     # more columns: {trait}, coherence, judge
     """Add trait score and coherence to a table with question, prompt and answer; where a thought never ended there is
     no answer, and the scores are missing."""
+    missing = [c for c in ("question", "prompt", "answer") if c not in frame]
+    check(not missing, f"the table has no column {', '.join(missing)}: scores need question, prompt and answer.")
+    known = [c for c in (trait.name, "coherence") if c in frame]
+    check(not known, f"the table has the column {', '.join(known)} already: drop it to have its answers scored again.")
     responses = [lm.strip_thinking(a, p) for a, p in zip(frame.answer, frame.prompt)]
     scores = score_cached(judge, trait, list(frame.question), responses, label)
     unfinished = [bool(a.strip()) and not s.strip() for a, s in zip(frame.answer, responses)]
     scores.loc[unfinished, [trait.name, "coherence", *judge.extra]] = float("nan")
-    return frame.join(scores)
+    return pd.concat([frame.reset_index(drop=True), scores], axis=1).set_axis(frame.index)
 
 
 STORE_EVERY = 64  # judgements of a judge in this process; writing each by itself would take longer than judging it

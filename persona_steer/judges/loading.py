@@ -5,6 +5,7 @@
 # %% ../../nbs/judges/04_loading.ipynb #60283fee
 from __future__ import annotations
 
+import difflib
 import random
 
 import pandas as pd
@@ -20,7 +21,7 @@ from ..persona.scores import auc
 from ..persona.traits import Trait
 
 # %% auto #0
-__all__ = ['LOOP', 'load_judge', 'broken_texts', 'coherence_auc']
+__all__ = ['NAMES', 'LOOP', 'load_judge', 'broken_texts', 'coherence_auc']
 
 # %% ../../nbs/judges/04_loading.ipynb #bd021811
 def load_judge(
@@ -33,7 +34,8 @@ def load_judge(
     lm: LoadedModel | None = None,  # the model whose answers are judged, before any steering or training
     judging_pairs: tuple = (),  # of 'likelihood': numbers of the instruction pairs that judge
 ) -> Judge:
-    "A judge by name; raises `PersonaError` if there is none of that name, or it cannot judge this model's answers."
+    """A judge by name; any other name without a slash is a model behind an API. Raises `PersonaError` for a misspelt
+    name, or a judge that cannot judge this model's answers."""
     if base_url:
         check(
             name not in ("auto", "likelihood"),
@@ -55,7 +57,12 @@ def load_judge(
         return ClassifierJudge(model, label, device)
     if local_folder(name) or "/" in name or name in PACKAGED:
         return CausalJudge(load_model(name, device), scale)
+    near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.75)
+    check(not near, f"the judge '{name}' is unknown: did you mean '{near and near[0]}'?")
     return RemoteJudge(name, "", scale, concurrency, max_calls)
+
+
+NAMES = ("auto", "likelihood", "pocket", "pocket-causal", *PACKAGED)  # besides folders, hub ids and names of an API
 
 # %% ../../nbs/judges/04_loading.ipynb #16f3d119
 def _likelihood_judge(model: str, lm: LoadedModel | None, device: str, scale: str, pairs: tuple) -> LikelihoodJudge:

@@ -223,7 +223,7 @@ class SteeringTerm:
 class Steering:
     "What is done to the residual stream, as a context manager. Contexts nest; afterwards the model is unchanged."
 
-    lm: LoadedModel
+    lm: LoadedModel = field(repr=False)
     terms: list[SteeringTerm]
     positions: str = "response"  # response, prompt or all
     mode: str = "add"  # a name in MODES
@@ -314,10 +314,8 @@ def ablate(h: torch.Tensor, terms: list[SteeringTerm], where: torch.Tensor) -> t
     return h
 
 
-MODES = {
-    "add": add,
-    "ablate": ablate,
-}  # by name, as `steer` and jobs use them; another one is a function and a line here
+# by name, for `steer`, `table_steering` and training configurations; another mode is a function and a line here
+MODES = {"add": add, "ablate": ablate}
 
 # %% ../../nbs/lm/03_activations.ipynb #bc19bb9b
 def validate_vector(vector, lm: LoadedModel) -> torch.Tensor:  # float32 [hidden] or [layers + 1, hidden], as given
@@ -371,15 +369,15 @@ def steer(
     )
     for l in layers:
         lm.check_layer(l)
-    return Steering(
-        lm,
-        [
-            SteeringTerm(l, _row(v, l, lm), torch.as_tensor(c, dtype=torch.float32))
-            for v, l, c in zip(vectors, layers, coefficients)
-        ],
-        positions,
-        mode,
-    )
+    terms = [
+        SteeringTerm(l, _row(v, l, lm), torch.as_tensor(c, dtype=torch.float32))
+        for v, l, c in zip(vectors, layers, coefficients)
+    ]
+    for t in terms:
+        check(torch.isfinite(t.coefficient).all(), f"the coefficients at layer {t.layer} hold NaN or infinite values.")
+        direction = mode == "add" or bool(t.vector.any())
+        check(direction, f"the vector is 0 at layer {t.layer}: it has no direction, which mode '{mode}' needs.")
+    return Steering(lm, terms, positions, mode)
 
 # %% ../../nbs/lm/03_activations.ipynb #f7f04ba9
 def steers_prompts(base_model) -> bool:

@@ -272,6 +272,8 @@ def generate(
 ) -> GenerationOutput:
     "Answer every prompt; results in the order of the prompts, however they were batched."
     check(len(prompts), "there is nothing to generate: the list of prompts is empty.")
+    if steering:
+        steering.check_rows(len(prompts))
     seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     _, ties = same_prompts(prompts)  # equal prompts go together: they are read once a batch

@@ -27,6 +27,7 @@ def condition_rows(
     n: int = 1,  # answers per question
 ) -> pd.DataFrame:  # condition, question, system, vector, layer, coefficient, seed; questions x n rows
     "The rows of one condition."
+    check(not isinstance(questions, str), "questions is one text: give a list of questions.")
     row = dict(condition=condition, system=system, vector=vector, layer=layer, coefficient=float(coefficient))
     return pd.DataFrame([row | {"question": q, "seed": f"{q}|{j}"} for q in questions for j in range(n)])
 
@@ -63,8 +64,12 @@ def generate_table(
     """The rows with prompt, answer, tokens (sampled ones) and engine; if asked for, also pooled activations, float32
     [rows, layers + 1, hidden] each. Raises `PersonaError` if there are no rows."""
     check(len(rows), "there is nothing to generate: the table has no rows.")
+    check("seed" in rows, "the table has no column 'seed': answers with the same seed share their random numbers.")
     steered = "vector" in rows and (rows.vector != "").any()
-    check(steering or not steered, "the table names vectors: give steering=table_steering(lm, rows, vectors).")
+    check(
+        steering or not steered,
+        "these rows name vectors: give steering=table_steering(lm, rows, vectors), made of the same rows.",
+    )
     if "prompt" not in rows:
         rows = rows.assign(prompt=[lm.prompt(q, s) for q, s in zip(rows.question, rows.system)])
     prompts, seeds = list(rows.prompt), list(rows.seed)

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from ..base.core import PersonaError, check, find_file, load_json
+from ..lm.activations import MODES
 from ..lm.chats import load_chats
 from ..persona.vectors import load_vector
 
@@ -26,10 +35,22 @@ class SteeringConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     steering_vector_path: str  # a vector file, [layers + 1, hidden]
-    type: Literal["steer", "ablate"] = "steer"  # add coefficient * row, or remove the component along the unit row
-    steering_coef: float = 5.0  # used by "steer"
+    type: str = "add"  # a name in MODES (lm.activations); published files call "add" "steer"
+    steering_coef: float = 5.0  # "ablate" removes the whole component, whatever this says
     layers: list[int] = Field([20], min_length=1)  # 1-based
     incremental: bool = False  # (ours) add v_l - v_(l-1) at each layer l: for steering at all layers
+
+    @field_validator("type")
+    @classmethod
+    def _mode(cls, value):
+        value = {"steer": "add"}.get(value, value)
+        if value not in MODES:
+            raise ValueError(f"it is no steering mode: use {', '.join(MODES)}")
+        return value
+
+    @field_serializer("type")
+    def _published(self, value):
+        return {"add": "steer"}.get(value, value)
 
 # %% ../../nbs/training/00_config.ipynb #e65340fc
 class TrainingConfig(BaseModel):

@@ -19,8 +19,8 @@ from .training.config import load_config
 from .training.model_evaluation import ModelEvaluation, evaluate_model, shift
 
 # %% auto #0
-__all__ = ['ELICITING', 'LEVELS', 'COLORS', 'list_datasets', 'train_families', 'evaluation_rows', 'shift_correlations',
-           'plot_families', 'plot_against_score']
+__all__ = ['ELICITING', 'LEVELS', 'COLORS', 'list_datasets', 'train_families', 'evaluation_rows', 'score_correlation',
+           'shift_correlations', 'plot_families', 'plot_against_score']
 
 # %% ../nbs/06a_families.ipynb #652c48d7
 # family -> the trait that it elicits; the others hold mistakes
@@ -111,10 +111,21 @@ def evaluation_rows(
     ]
 
 
-def shift_correlations(table: pd.DataFrame, x: str = "shift") -> dict:  # trait -> r, low, high, n
+def score_correlation(x: pd.Series, scores: pd.DataFrame) -> dict:  # as `correlation`
+    # scores: score_mean, score_low, score_high, a row per dataset
+    "Pearson's r between a column and the trait score; none where the scores vary less than their own intervals."
+    found = correlation(x, scores.score_mean)
+    spread, width = scores.score_mean.max() - scores.score_mean.min(), (scores.score_high - scores.score_low).median()
+    if not found["reason"] and spread <= width:
+        none = dict.fromkeys(("r", "low", "high"), float("nan"))
+        found |= none | dict(reason=f"the scores span {spread:.0f} points, their own intervals {width:.0f}")
+    return found
+
+
+def shift_correlations(table: pd.DataFrame, x: str = "shift") -> dict:  # trait -> as `correlation`
     "Pearson's r between a column and the trait score, over the trained models; intervals resampled by dataset."
     trained = table[table.family != "untrained"]
-    return {t: correlation(g[x], g.score_mean) for t, g in trained.groupby("trait", sort=False)}
+    return {t: score_correlation(g[x], g) for t, g in trained.groupby("trait", sort=False)}
 
 # %% ../nbs/06a_families.ipynb #11d1beab
 COLORS = {"": "#000000", "normal": "#4d9221", "misaligned_1": "#e08214", "misaligned_2": "#b2182b"}

@@ -82,13 +82,17 @@ def separation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:  # [rows, laye
 def diagnose(
     pos: torch.Tensor,
     neg: torch.Tensor,  # [kept pairs, layers + 1, hidden]
+    questions=None,  # the question of each pair; None: each pair has its own
     splits: int = 20,
     seed: int = 0,
 ) -> pd.DataFrame:  # layer, norm, split_half, d_prime
-    "Norm, split-half cosine and d' of the mean difference per layer; NaN with fewer than four pairs."
+    """Norm, split-half cosine and d' of the mean difference per layer. No question stands in both halves; NaN with
+    fewer than four questions."""
+    groups, names = pd.factorize(np.arange(len(pos)) if questions is None else np.asarray(questions))
     rng, halves, ds = np.random.default_rng(seed), [], []
-    for _ in range(splits if len(pos) >= 4 else 0):
-        a, b = np.array_split(rng.permutation(len(pos)), 2)
+    for _ in range(splits if len(names) >= 4 else 0):
+        first = np.isin(groups, rng.permutation(len(names))[: len(names) // 2])
+        a, b = torch.as_tensor(first), torch.as_tensor(~first)
         va, vb = (pos[i].mean(0) - neg[i].mean(0) for i in (a, b))
         halves.append(torch.cosine_similarity(va, vb, dim=-1))
         ds.append(separation((pos[b] * va).sum(-1), (neg[b] * va).sum(-1)))
@@ -120,7 +124,7 @@ class Extraction:
         that these were written under."""
         trait = self.vectors.trait
         column = "nats" if "nats" in self.pos else trait  # the score in per cent ties at both ends
-        return auc(self.neg[column], self.pos[column])
+        return auc(self.neg[column], self.pos[column], good_groups=self.neg.question, bad_groups=self.pos.question)
 
     @property
     def judge_line(self) -> str:
@@ -207,7 +211,8 @@ def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, *
         & torch.isfinite(neg_acts["response_avg"]).all(-1).all(-1).numpy()
     )
     vectors = mean_difference(pos_acts, neg_acts, kept, name)
-    table = diagnose(pos_acts["response_avg"][torch.as_tensor(kept)], neg_acts["response_avg"][torch.as_tensor(kept)])
+    own, others = (acts["response_avg"][torch.as_tensor(kept)] for acts in (pos_acts, neg_acts))
+    table = diagnose(own, others, pos.question[kept])
     empty = int((pos.answer.str.strip() == "").sum() + (neg.answer.str.strip() == "").sum())
     vectors.metadata = provenance(
         trait=name,

@@ -25,6 +25,7 @@ from persona_steer.lm import generation
 from persona_steer.lm.activations import POOLS
 from persona_steer.lm.generation import SamplingParams
 from persona_steer.lm.tables import condition_rows, generate_table, table_steering
+from persona_steer.persona.scores import auc
 from persona_steer.persona.traits import load_trait
 
 ROOT = project_root()
@@ -167,6 +168,7 @@ from persona_steer.extraction import extract
 from persona_steer.lm.generation import SamplingParams
 from persona_steer.judges.loading import load_judge
 from persona_steer.lm.models import load_model
+from persona_steer.persona.scores import auc
 from persona_steer.persona.traits import load_trait
 settings().batch_tokens = 1500
 lm, judge = load_model("pocket"), load_judge("pocket")
@@ -460,3 +462,26 @@ def test_a_table_that_does_not_fit_is_one_sentence(pocket):
         condition_rows("Why?")
     with pytest.raises(PersonaError, match="asks for the vector 'v' but there are only w"):
         table_steering(pocket, rows, {"w": torch.zeros(1)})
+
+
+def test_halves_are_split_by_question():
+    """What a question's answers share must not pass for signal: the same question stands in one half only."""
+    torch.manual_seed(0)
+    questions = np.repeat(np.arange(12), 10)
+    shared = 3 * torch.randn(12, 2, 32)[questions]  # differs by question, and points nowhere
+    pos, neg = shared + torch.randn(120, 2, 32), torch.randn(120, 2, 32)
+    by_pair, by_question = diagnose(pos, neg), diagnose(pos, neg, questions)
+    assert (by_pair.split_half > 0.6).all() and (by_question.split_half.abs() < 0.35).all()
+    assert (by_question.d_prime < by_pair.d_prime).all()
+    assert diagnose(pos[:30], neg[:30], questions[:30]).split_half.isna().all()  # three questions
+
+
+def test_an_auc_over_few_questions_is_less_certain():
+    rng = np.random.default_rng(0)
+    q = np.repeat(np.arange(6), 30)
+    level = rng.normal(size=6)[q]
+    good, bad = level + 0.2 * rng.normal(size=180), 0.3 + level + 0.2 * rng.normal(size=180)
+    alone, grouped = auc(good, bad), auc(good, bad, good_groups=q, bad_groups=q)
+    assert alone["auc"] == grouped["auc"] and grouped["low"] <= grouped["auc"] <= grouped["high"]
+    unpaired = auc(good, bad + 3 * rng.normal(size=6)[q], good_groups=q, bad_groups=q)
+    assert unpaired["high"] - unpaired["low"] > 2 * (alone["high"] - alone["low"])

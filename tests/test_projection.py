@@ -245,7 +245,9 @@ def test_clusters_widen_the_interval_and_conditions_are_taken_out():
         correlation(x, y)["r"] > 0.9
         and abs(correlation(x + q, noise * 0 + 5 * q + rng.normal(size=200), within=q)["r"]) < 0.3
     )
-    assert np.isnan(correlation([1, 1, 1], [1, 2, 3])["r"]) and correlation([1, 2, 3, np.nan], [2, 4, 6, 1])["n"] == 3
+    few, flat = correlation([1, 2, 3, np.nan], [2, 4, 6, 1]), correlation([1] * 9, range(9))
+    assert few["n"] == 3 and np.isnan(few["r"]) and few["reason"] == "too few points (3)"
+    assert np.isnan(flat["r"]) and flat["reason"] == "no variation"
 
 
 # -- monitoring -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Screening of training data, families of data, and the choice among guards."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from persona_steer.lm.chats import load_chats, save_jsonl
 from persona_steer.lm.generation import SamplingParams, collect_activations, generate
 from persona_steer.lm.tables import generate_table
 from persona_steer.mitigations import choose_mitigation, training_plan
+from persona_steer.persona.scores import format_correlation
 from persona_steer.persona.traits import load_trait
 from persona_steer.screening import (
     auc,
@@ -170,9 +172,20 @@ def test_the_published_layout_is_listed(tmp_path):
 def test_the_untrained_model_is_no_dot_in_the_correlation():
     table = pd.DataFrame(
         [dict(family="untrained", level="", trait="evil", shift=0.0, score_mean=100.0)]
-        + [dict(family=f"f{i}", level="normal", trait="evil", shift=float(i), score_mean=2.0 * i) for i in range(6)]
-    )
-    assert shift_correlations(table)["evil"]["r"] == pytest.approx(1) and shift_correlations(table)["evil"]["n"] == 6
+        + [dict(family=f"f{i}", level="normal", trait="evil", shift=float(i), score_mean=8.0 * i) for i in range(9)]
+    ).assign(score_low=lambda t: t.score_mean - 2, score_high=lambda t: t.score_mean + 2)
+    assert shift_correlations(table)["evil"]["r"] == pytest.approx(1) and shift_correlations(table)["evil"]["n"] == 9
+
+
+def test_no_correlation_from_a_few_points_or_from_noise():
+    """Scores of 0 to 2 with intervals of 10 points, or four datasets, correlate with anything."""
+    table = pd.DataFrame(
+        [dict(family=f"f{i}", level="", trait="evil", shift=float(i), score_mean=i / 4) for i in range(9)]
+    ).assign(score_low=lambda t: t.score_mean - 5, score_high=lambda t: t.score_mean + 5)
+    for rows, reason in ((table, "span 2 points, their own intervals 10"), (table[:4], r"too few points \(4\)")):
+        found = shift_correlations(rows)["evil"]
+        assert np.isnan(found["r"]) and np.isnan(found["low"]) and re.search(reason, found["reason"])
+        assert format_correlation(found) == f"not computed: {found['reason']}"
 
 
 def test_a_killed_grid_goes_on(tmp_path, monkeypatch, pocket):

@@ -15,8 +15,9 @@ import pandas as pd
 from ..base.core import atomic_path, check
 
 # %% auto #0
-__all__ = ['TEXT', 'MEASURED', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci', 'as_columns',
-           'format_mean', 'correlation', 'format_correlation', 'auc', 'format_auc', 'distinct', 'pair_mask']
+__all__ = ['TEXT', 'MEASURED', 'MIN_POINTS', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci',
+           'as_columns', 'format_mean', 'correlation', 'format_correlation', 'auc', 'format_auc', 'distinct',
+           'pair_mask']
 
 # %% ../../nbs/persona/02_scores.ipynb #e4a91c82
 TEXT = ["question", "prompt", "answer", "question_id"]
@@ -140,6 +141,9 @@ def _weighted_r(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:  # [
         return (w * dx * dy).sum(1) / np.sqrt((w * dx * dx).sum(1) * (w * dy * dy).sum(1))
 
 
+MIN_POINTS = 8  # fewer points say nothing about a correlation
+
+
 def correlation(
     x,
     y,
@@ -147,7 +151,7 @@ def correlation(
     within=None,  # the condition of each pair: r of the deviations from the condition's means
     resamples: int = 2000,
     seed: int = 0,
-) -> dict:  # n, r, low, high; NaN where one of them does not vary
+) -> dict:  # n, r, low, high, reason: NaN and the reason where there is no correlation to tell
     "Pearson's r and its 95% bootstrap interval; pairs with a missing value are left out."
     frame = pd.DataFrame(
         {
@@ -162,16 +166,20 @@ def correlation(
         for c in "xy"
     )
     g, names = pd.factorize(frame.g)
-    out = dict(n=len(frame), r=np.nan, low=np.nan, high=np.nan)
-    if len(names) < 3 or np.ptp(a) < 1e-9 or np.ptp(b) < 1e-9:
-        return out
+    out = dict(n=len(frame), r=np.nan, low=np.nan, high=np.nan, reason="")
+    if len(frame) < MIN_POINTS or len(names) < 3:
+        return out | dict(reason=f"too few points ({len(frame)})")
+    if np.ptp(a) < 1e-9 or np.ptp(b) < 1e-9:
+        return out | dict(reason="no variation")
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)[:, g]
     out["low"], out["high"] = (float(v) for v in np.nanpercentile(_weighted_r(a, b, drawn.astype(float)), [2.5, 97.5]))
     return out | dict(r=float(_weighted_r(a, b, np.ones((1, len(a))))[0]))
 
 # %% ../../nbs/persona/02_scores.ipynb #c9f8836a
 def format_correlation(c: dict) -> str:  # "0.91 [0.83, 0.95] (n=24)"
-    "A correlation as text."
+    "A correlation as text, or the reason why there is none."
+    if c.get("reason"):
+        return f"not computed: {c['reason']}"
     return f"{c['r']:.2f} [{c['low']:.2f}, {c['high']:.2f}] (n={c['n']})"
 
 # %% ../../nbs/persona/02_scores.ipynb #70f3638e
@@ -180,18 +188,39 @@ def auc(
     bad,  # numbers of the two groups; NaN is left out
     resamples: int = 1000,
     seed: int = 0,
+    good_groups=None,  # what is resampled, such as the question of each number; default: each number by itself
+    bad_groups=None,
 ) -> dict:  # n, auc, low, high
-    """Area under the ROC curve with its 95% bootstrap interval (each group resampled by itself); bad ones should score
-    higher."""
-    good, bad = (np.asarray(x, float) for x in (good, bad))
+    """Area under the ROC curve with its 95% bootstrap interval; bad ones should score higher. What the two groups have
+    in common, such as a question, is drawn for both."""
+    good, bad = np.asarray(good, float), np.asarray(bad, float)
+    alone = good_groups is None or bad_groups is None
+    a = np.asarray([f"good {i}" for i in range(len(good))] if alone else good_groups)[~np.isnan(good)]
+    b = np.asarray([f"bad {i}" for i in range(len(bad))] if alone else bad_groups)[~np.isnan(bad)]
     good, bad = good[~np.isnan(good)], bad[~np.isnan(bad)]
     out = dict(n=len(good) + len(bad), auc=np.nan, low=np.nan, high=np.nan)
     if not len(good) or not len(bad):
         return out
     rng = np.random.default_rng(seed)
-    draws = [_rank_area(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(resamples)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    if alone:
+        draws = [_rank_area(rng.choice(good, len(good)), rng.choice(bad, len(bad))) for _ in range(resamples)]
+    else:
+        draws = _grouped_areas(good, bad, a, b, resamples, rng)
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
     return out | dict(auc=_rank_area(good, bad), low=float(low), high=float(high))
+
+
+def _grouped_areas(good, bad, good_groups, bad_groups, resamples: int, rng) -> list[float]:
+    "Areas of bootstrap samples of the groups; NaN where a sample holds numbers of one kind only."
+    names = sorted(set(good_groups) | set(bad_groups))
+    of_good = [good[good_groups == n] for n in names]
+    of_bad = [bad[bad_groups == n] for n in names]
+    areas = []
+    for _ in range(resamples):
+        drawn = rng.integers(len(names), size=len(names))
+        x, y = (np.concatenate([parts[i] for i in drawn]) for parts in (of_good, of_bad))
+        areas.append(_rank_area(x, y) if len(x) and len(y) else np.nan)
+    return areas
 
 
 def _rank_area(good: np.ndarray, bad: np.ndarray) -> float:

@@ -90,4 +90,9 @@ def default_layer(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str
 
 def default_coefficient(lm: LoadedModel, trait: str) -> float:
     "The coefficient that chapter 04 chose for this model, else 1.5."
-    return chosen_point(lm, trait).get("coefficient", 1.5)
+    choice = chosen_point(lm, trait)
+    if not choice.get("bound_met", True):
+        print(
+            f"{trait}: no point of chapter 04 met its bound on coherence; the coefficient is the most coherent point's."
+        )
+    return choice.get("coefficient", 1.5)

@@ -138,3 +138,18 @@ def test_every_job_checks_its_parameters():
                 jobs += 1
                 assert "\ncheck_parameters()" in "".join(after["source"]), path.name
     assert jobs > 15
+
+
+def test_parameters_about_the_judge_are_the_same_in_all_jobs():
+    import json
+
+    found = {}
+    for path in sorted((project_root() / "nbs").glob("0*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if "parameters" in cell["metadata"].get("tags", []):
+                lines = "".join(cell["source"]).split("\n")
+                names = ("judge_model", "base_url", "judge_scale", "max_calls", "judging_pairs")
+                found[path.stem] = [line for line in lines if line.split(":")[0] in names]
+    with_judge = {name: lines for name, lines in found.items() if lines}
+    assert len(with_judge) >= 10 and len(set(map(tuple, with_judge.values()))) == 1
+    assert all(len(lines) == 5 for lines in with_judge.values())

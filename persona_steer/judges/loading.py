@@ -10,7 +10,7 @@ import random
 
 import pandas as pd
 
-from ..base.core import check, data_path
+from ..base.core import as_list, check, data_path
 from .judging import Judge, score_cached
 from .likelihood import LikelihoodJudge
 from .local import POCKET_TRAITS, CausalJudge, ClassifierJudge, PocketJudge
@@ -32,10 +32,11 @@ def load_judge(
     concurrency: int = 100,
     max_calls: int = 20000,
     lm: LoadedModel | None = None,  # the model whose answers are judged, before any steering or training
-    judging_pairs: tuple = (),  # of 'likelihood': numbers of the instruction pairs that judge
+    judging_pairs=(),  # of 'likelihood': numbers of the instruction pairs that judge
 ) -> Judge:
     """A judge by name; any other name without a slash is a model behind an API. Raises `PersonaError` for a misspelt
     name, or a judge that cannot judge this model's answers."""
+    judging_pairs = tuple(as_list(judging_pairs, int))
     if base_url:
         check(
             name not in ("auto", "likelihood"),

@@ -259,12 +259,13 @@ def pair_mask(
     high, low = (pos[trait] >= threshold).to_numpy(), (neg[trait] < 100 - threshold).to_numpy()
     coherent = (pos.coherence >= min_coherence).to_numpy() & (neg.coherence >= min_coherence).to_numpy()
     kept = answered & high & low & coherent
+    judge = f" (judge: {pos.judge.iloc[0]})" if "judge" in pos else ""
     check(
         kept.any(),
-        f"no pair is left of {len(pos)} after the filter: {high.sum()} positive answers score at "
-        f"least {threshold:g} in {trait}, {low.sum()} negative "
-        f"ones below {100 - threshold:g} ('threshold'), {coherent.sum()} pairs have a coherence of at "
-        f"least {min_coherence:g} ('min_coherence'); lower the one whose number is small, or raise "
-        "the number of answers.",
+        f"no pair is left of {len(pos)} after the filter{judge}: {high.sum()} positive answers score at least "
+        f"{threshold:g} in {trait}, {low.sum()} negative ones below {100 - threshold:g} (parameter 'threshold'); "
+        f"{coherent.sum()} pairs have a coherence of at least {min_coherence:g} (parameter 'min_coherence'); "
+        f"in {answered.sum()} pairs both answers have text. Change the parameter whose number is small, raise the number "
+        "of answers, or use a judge that fits the model.",
     )
     return kept

@@ -238,7 +238,7 @@ def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, *
     save_vectors(vectors, folder)
     return Extraction(vectors, pos, neg, kept, table, folder)
 
-
+# %% ../nbs/02_extract.ipynb #170737cc
 def _set_aside(folder: Path, trait: str, key: str):
     "Move an extraction from other inputs to earlier/{its key}: results that were made with it still name that key."
     known = load_json(folder / f"{trait}_vectors.json", {})

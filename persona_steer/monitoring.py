@@ -13,7 +13,7 @@ import pandas as pd
 
 from .base.core import check, load_json
 from .judges.judging import Judge, add_scores
-from .lm.generation import SamplingParams
+from .lm.generation import SamplingParams, check_context
 from .lm.models import LoadedModel
 from .lm.tables import generate_table
 from .persona.scores import correlation, format_correlation, save_table
@@ -103,15 +103,8 @@ def monitoring_rows(
 
 def check_length(lm: LoadedModel, prompts: list[str], new: int):
     "Raise `PersonaError` if a prompt and its answer do not fit into the model's context."
-    longest, room = (
-        max(len(lm.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts) + new,
-        getattr(lm.model.config, "max_position_embeddings", 0),
-    )
-    check(
-        not room or longest <= room,
-        f"the longest prompt and its answer need {longest} tokens, but {lm.name} has a context of "
-        f"{room}: use fewer shots or shorter answers.",
-    )
+    longest = max(len(lm.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts)
+    check_context(lm, longest, new)
 
 # %% ../nbs/05a_monitor.ipynb #8e648c9c
 def monitor(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -300,7 +301,9 @@ def test_a_killed_batch_goes_on_where_it_was_and_ends_with_the_same_summary(tiny
         def begun():
             return sum(ran(tmp_path / "cut", f"pocket/{t}/tiny", "begun") for t in "abcde")
 
-        before, child = begun(), subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = begun()
+        with open(tmp_path / "err.txt", "w") as err:
+            child = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=err)
         while begun() == before and child.poll() is None:
             time.sleep(0.05)
         time.sleep(0.3)
@@ -309,8 +312,16 @@ def test_a_killed_batch_goes_on_where_it_was_and_ends_with_the_same_summary(tiny
         assert child.wait(60) != 0, how
         # written however it ends, if it can be
         assert (tmp_path / "cut/batches/x/summary.csv").exists() == (how != signal.SIGKILL), how
+        if how == signal.SIGINT:
+            message = (tmp_path / "err.txt").read_text()
+            assert re.search(r"Interrupted\. \d of 5 jobs are done.*is kept; the same command goes on", message), (
+                message
+            )
     again = subprocess.run(command("cut"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    once_more = subprocess.run(command("cut"), capture_output=True, text=True)
+    lines = [line for line in once_more.stdout.splitlines() if line.startswith("skipped")]
+    assert len(lines) == 5 and all(re.search(r"\(done in \d+ s\)$", line) for line in lines), once_more.stdout
     assert [ran(tmp_path / "cut", f"pocket/{t}/tiny") for t in "abcde"] == [1] * 5 and begun() > 5
     assert [(tmp_path / r / "batches/x/summary.csv").read_bytes() for r in ("cut", "whole")][0] == (
         tmp_path / "whole/batches/x/summary.csv"

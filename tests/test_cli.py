@@ -142,3 +142,8 @@ def test_new_trait_on_the_command_line(tmp_path):
         str(tmp_path),
     )
     assert r.returncode == 1 and "cannot be reached" in r.stderr and r.stderr.count("\n") == 1
+
+
+def test_new_trait_without_a_key_names_its_own_option():
+    r = run("new-trait", "frugal", "--description", "Spares words.", OPENAI_API_KEY="", OPENAI_BASE_URL="")
+    assert r.returncode == 1 and "needs a key" in r.stderr and "--writer" in r.stderr and "judge" not in r.stderr

@@ -468,3 +468,8 @@ def test_two_processes_under_accelerate(tiny, data, vector, tmp_path):
         and about["steered_passes"] >= 2
         and load_finetuned(tmp_path / "out").losses.loss.notna().sum() == 2
     )
+
+
+def test_a_misspelt_key_is_named_even_if_another_is_missing():
+    with pytest.raises(PersonaError, match="'training_fle' is unknown: did you mean 'training_file'"):
+        load_config({"model": "pocket", "training_fle": "x.jsonl"})

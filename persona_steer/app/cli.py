@@ -27,7 +27,7 @@ def main_options():
 
 # %% auto #0
 __all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'finetune', 'report', 'batch', 'set_runs', 'Progress',
-           'finish_batch', 'joined', 'main']
+           'job_line', 'finish_batch', 'joined', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -66,13 +66,16 @@ def new_trait(
     for f in save_trait(write_trait(name, description, writer_of(writer, base_url), attempts), folder, overwrite):
         typer.echo(f)
 
-
+# %% ../../nbs/app/02_cli.ipynb #51ede04a
 def writer_of(model: str, base_url: str = ""):
     "A function from a prompt to a reply: a model behind an API, or a chat model in this process."
     from persona_steer.judges.remote import DEFAULT_JUDGE, remote_writer
     from persona_steer.lm.gguf_files import PACKAGED
 
     if base_url or not ("/" in model or model == "pocket" or model in PACKAGED):
+        from persona_steer.base.http_client import api_key
+
+        api_key(base_url, instead="name another writer with --writer, such as smollm2 or a folder")
         return remote_writer(model or DEFAULT_JUDGE, base_url)
     from persona_steer.lm.generation import SamplingParams, ask
     from persona_steer.lm.models import load_model
@@ -129,7 +132,7 @@ def batch(
     overwrite: bool = typer.Option(False, help="run all, also what is done"),
 ):
     "Run a chapter for every combination of values; what is done is skipped. Ends with a summary and a report."
-    from persona_steer.jobs.batch import batch_folder, run_batch
+    from persona_steer.jobs.batch import batch_folder
 
     jobs = _jobs(chapter, p)
     execute = _executor(executor, address, workers, threads, gpus, memory, retries)
@@ -141,9 +144,22 @@ def batch(
         set_runs(runs)
     folder = batch_folder(jobs, name)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ending like any other: the summary is written
-    with Progress(runs) as show:
-        records = run_batch(jobs, execute, runs if "://" in runs else "", folder, resume, overwrite, show)
+    records = _run(jobs, execute, runs, folder, resume, overwrite)
     raise typer.Exit(finish_batch(jobs, records, runs, folder))
+
+# %% ../../nbs/app/02_cli.ipynb #839e3c0c
+def _run(jobs: list, execute, runs: str, folder, resume: bool, overwrite: bool) -> list[dict]:  # records
+    "Run the jobs and show how they stand; Ctrl-C ends with what is kept and how to go on."
+    from persona_steer.jobs.batch import run_batch
+
+    with Progress(runs) as show:
+        try:
+            return run_batch(jobs, execute, runs if "://" in runs else "", folder, resume, overwrite, show)
+        except KeyboardInterrupt:
+            done = sum(r.get("state") == "done" for r in show.records)
+            kept = f"{done} of {len(jobs)} jobs are done, and what the others have finished is kept"
+            typer.echo(f"\nInterrupted. {kept}; the same command goes on. {folder / 'summary.csv'}", err=True)
+            raise typer.Exit(130) from None
 
 # %% ../../nbs/app/02_cli.ipynb #05f5940b
 def _jobs(chapter: str, parameters: list[str]) -> list:
@@ -187,6 +203,7 @@ class Progress:
 
     def __init__(self, runs: str):
         self.runs, self.printed, self.live, self.since = runs, set(), None, time.time()
+        self.started = False  # what ended before the first job was started is skipped
 
     def __enter__(self):
         return self
@@ -204,11 +221,8 @@ class Progress:
         for j, r in zip(jobs, records):
             if r.get("state") in ("done", "failed") and j.name not in self.printed:
                 self.printed.add(j.name)
-                typer.echo(
-                    f"{r['state']:8}{j.name}"
-                    + (f"  {r['seconds']:.0f} s" if r.get("seconds") is not None else "")
-                    + (f"  {r['error']}" if r.get("error") else "")
-                )
+                typer.echo(job_line(j.name, r, skipped=not self.started))
+        self.started = True
 
     def table(self):
         from persona_steer.base.core import run_path
@@ -219,6 +233,15 @@ class Progress:
         return progress_table(
             self.jobs, self.records, {} if "://" in self.runs else percent(str(run_path()), waiting, self.since)
         )
+
+# %% ../../nbs/app/02_cli.ipynb #ded9207f
+def job_line(name: str, record: dict, skipped: bool) -> str:
+    "One line for a job that has ended, or that was skipped because it had ended before."
+    took = f"{record['seconds']:.0f} s" if record.get("seconds") is not None else ""
+    error = f"  {record['error']}" if record.get("error") else ""
+    if skipped:
+        return f"skipped {name}  ({record['state']}{' in ' + took if took else ''}){error}"
+    return f"{record['state']:8}{name}  {took}{error}".rstrip()
 
 # %% ../../nbs/app/02_cli.ipynb #f684074a
 def finish_batch(jobs, records, runs: str, folder) -> int:  # exit status

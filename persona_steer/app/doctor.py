@@ -10,11 +10,11 @@ import os
 import platform
 import shutil
 import sys
-import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 
 from ..base.core import data_path, run_path
+from ..base.http_client import hub_problem
 
 # %% auto #0
 __all__ = ['Finding', 'package', 'machine', 'services', 'experiments', 'trial', 'examine', 'as_table']
@@ -105,7 +105,7 @@ def services() -> list[Finding]:
     ]
     if from_env("OPENAI_BASE_URL"):
         out.append(Finding("OPENAI_BASE_URL", address()))
-    out.append(Finding("model hub", _hub()))
+    out.append(_hub())
     browser = next((b for b in ("chromium", "chromium-browser", "google-chrome", "firefox") if shutil.which(b)), "")
     return [*out, Finding("browser", browser or "none found", "" if browser else "only for the browser tests")]
 
@@ -142,17 +142,10 @@ def _language_model() -> Finding:
     return Finding(found.what, found.found, f"for the model 'smollm2': {SMOLLM2.command}" if missing else "")
 
 # %% ../../nbs/app/01_doctor.ipynb #d4ea4e27
-def _hub(timeout: float = 5) -> str:
+def _hub() -> Finding:
     "Can the model hub be reached?"
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "offline (HF_HUB_OFFLINE is set)"
-    try:
-        urllib.request.urlopen(constants.ENDPOINT, timeout=timeout).close()
-        return "reached"
-    except OSError:
-        return "not reached: use models in local folders"
+    problem = hub_problem()
+    return Finding("model hub", problem or "reached", "only for hub ids: models in folders work" if problem else "")
 
 # %% ../../nbs/app/01_doctor.ipynb #d3aad804
 def trial() -> Finding:

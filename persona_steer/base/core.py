@@ -158,7 +158,7 @@ def find_file(name: str) -> Path:
     check(found.is_file(), f"{name} does not exist, neither here, nor in {project_root()}, nor in {data_path()}.")
     return found
 
-
+# %% ../../nbs/base/00_core.ipynb #f9b99f1a
 def model_source(name: str) -> str:
     "What a model's name stands for: the full path of a folder, else the name itself."
     folder = local_folder(name)

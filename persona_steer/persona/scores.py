@@ -143,7 +143,7 @@ def _weighted_r(x: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:  # [
 
 MIN_POINTS = 8  # fewer points say nothing about a correlation
 
-
+# %% ../../nbs/persona/02_scores.ipynb #1cc45964
 def correlation(
     x,
     y,
@@ -222,7 +222,7 @@ def _grouped_areas(good, bad, good_groups, bad_groups, resamples: int, rng) -> l
         areas.append(_rank_area(x, y) if len(x) and len(y) else np.nan)
     return areas
 
-
+# %% ../../nbs/persona/02_scores.ipynb #2f0b9b68
 def _rank_area(good: np.ndarray, bad: np.ndarray) -> float:
     "The area from the ranks of the bad ones (Mann and Whitney 1947)."
     from scipy.stats import rankdata
@@ -265,7 +265,7 @@ def pair_mask(
         f"no pair is left of {len(pos)} after the filter{judge}: {high.sum()} positive answers score at least "
         f"{threshold:g} in {trait}, {low.sum()} negative ones below {100 - threshold:g} (parameter 'threshold'); "
         f"{coherent.sum()} pairs have a coherence of at least {min_coherence:g} (parameter 'min_coherence'); "
-        f"in {answered.sum()} pairs both answers have text. Change the parameter whose number is small, raise the number "
-        "of answers, or use a judge that fits the model.",
+        f"in {answered.sum()} pairs both answers have text. Change the parameter whose number is small, raise the "
+        "number of answers, or use a judge that fits the model.",
     )
     return kept

@@ -22,7 +22,7 @@ def random_like(v: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     r = torch.randn(v.shape, generator=rng)
     return r / r.norm(dim=1, keepdim=True) * v.norm(dim=1, keepdim=True)
 
-
+# %% ../../nbs/persona/01_vectors.ipynb #b3c610ce
 @dataclass
 class PersonaVectors:
     "Mean over positive minus mean over negative, for three ways of pooling; float32 `[layers + 1, hidden]` each."

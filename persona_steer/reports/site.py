@@ -163,7 +163,7 @@ def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-
+# %% ../../nbs/reports/04_site.ipynb #51d27d40
 def _count(paths: list[Path], rows: list[dict]) -> str:  # "3 notebooks from 1 job: 3 done."
     "How many notebooks there are, and how they ended."
 

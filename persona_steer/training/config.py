@@ -119,7 +119,8 @@ class TrainingConfig(BaseModel):
 # %% ../../nbs/training/00_config.ipynb #ff837fb9
 def _sentence(e: ValidationError, name: str) -> str:
     "The first error of a configuration, as a sentence."
-    first = e.errors()[0]
+    # a misspelt key is both unknown and missing: the former says more
+    first = min(e.errors(), key=lambda error: error["type"] != "extra_forbidden")
     key, at = ".".join(str(p) for p in first["loc"]), first["loc"]
     if first["type"] == "extra_forbidden":
         known = (SteeringConfig if len(at) > 1 else TrainingConfig).model_fields

@@ -21,14 +21,14 @@ from .lm.divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, r
 from .lm.generation import SamplingParams, sampling_for
 from .lm.models import LoadedModel
 from .lm.tables import condition_rows, generate_table, table_steering
-from .persona.scores import as_columns, mean_ci, save_table
+from .persona.scores import as_columns, format_mean, mean_ci, save_table
 from .persona.traits import Trait, plain_prompt, system_prompt
 from .persona.vectors import PersonaVectors
 
 # %% auto #0
 __all__ = ['EQUAL_KL', 'UNDONE', 'sweep_rows', 'point_rows', 'instructed_rows', 'against_rows', 'SweepSize', 'report_rows',
-           'generate_and_score', 'summarise', 'evaluate', 'default_layers', 'sweep_points', 'choose', 'Evaluation',
-           'choose_and_report', 'condition_mean', 'change', 'plot_sweep', 'plot_report']
+           'generate_and_score', 'summarise', 'format_summary', 'evaluate', 'default_layers', 'sweep_points', 'choose',
+           'Evaluation', 'choose_and_report', 'condition_mean', 'change', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_rows(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
@@ -167,6 +167,16 @@ def summarise(frame: pd.DataFrame, trait: str, by=("condition", "layer", "coeffi
             row |= as_columns(mean_ci(g[column], g.question), name)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def format_summary(summary: pd.DataFrame) -> pd.DataFrame:  # condition, layer, coefficient, trait, coherence (texts)
+    "A summary to print: each mean with its 95% interval and n."
+    out = summary[["condition", "layer", "coefficient"]].copy()
+    for name in ("trait", "coherence"):
+        parts = {"mean": name} | {k: f"{name}_{k}" for k in ("low", "high", "n", "missing")}
+        rows = summary[list(parts.values())].set_axis(list(parts), axis=1)
+        out[name] = [format_mean(row) for row in rows.astype({"n": int, "missing": int}).to_dict("records")]
+    return out
 
 # %% ../nbs/04_evaluate.ipynb #1f1138a3
 def evaluate(

@@ -14,24 +14,46 @@ from .lm.models import LoadedModel
 from .persona.scores import format_mean
 
 # %% auto #0
-__all__ = ['side_by_side', 'sweep_view', 'chosen_point', 'default_layer', 'default_coefficient']
+__all__ = ['NOTICEABLE', 'side_by_side', 'scores_line', 'change_line', 'sweep_view', 'chosen_point', 'default_layer',
+           'default_coefficient', 'point_against']
 
 # %% ../nbs/03_steer.ipynb #df0f73ab
 def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str:  # HTML
     "A table of answers: a row per question, a column per condition."
     wide = frame.pivot_table(index="question", columns=column, values="answer", aggfunc="first", sort=False)
 
-    def cell(x):
-        return f"<td>{html.escape(str(x)).replace(chr(10), '<br>')}</td>"
+    def cell(text, name):
+        words = html.escape(str(text)).replace("\n", "<br>")
+        return f'<td data-label="{html.escape(str(name))}">{words}</td>'
 
     head = "".join(f'<th scope="col">{html.escape(str(c))}</th>' for c in wide)
     body = "".join(
-        f'<tr><th scope="row">{html.escape(q)}</th>{"".join(cell(x) for x in row)}</tr>'
+        f'<tr><th scope="row">{html.escape(q)}</th>{"".join(map(cell, row, wide))}</tr>'
         for q, row in zip(wide.index, wide.to_numpy())
     )
     return (
         f'<table class="texts"><thead><tr><th scope="col">question</th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
+
+# %% ../nbs/03_steer.ipynb #94dd6da8
+NOTICEABLE = 10  # points of a mean score: a smaller difference between a few answers is called none
+
+
+def scores_line(scored: pd.DataFrame, trait: str) -> str:  # scored: condition, {trait}
+    "The mean trait score of each condition, as a sentence for below a table of answers."
+    means = scored.groupby("condition", sort=False)[trait].mean()
+    n = int(scored.groupby("condition").size().min())
+    values = ", ".join(f"{name}: {'none' if pd.isna(m) else f'{m:.0f}'}" for name, m in means.items())
+    return f"Mean {trait} score of {n} answer{'s' * (n > 1)} each: {values}."
+
+
+def change_line(before: float, after: float, what: str) -> str:
+    "What became of a mean score, in words."
+    if pd.isna(before) or pd.isna(after):
+        return f"{what} cannot be compared: the judge scored no answer."
+    if abs(after - before) < NOTICEABLE:
+        return f"{what} hardly changes: {before:.0f}, then {after:.0f}."
+    return f"{what} {'rises' if after > before else 'falls'} from {before:.0f} to {after:.0f}."
 
 # %% ../nbs/03_steer.ipynb #5a594416
 def sweep_view(
@@ -55,7 +77,7 @@ def sweep_view(
     answers_at = {(q, c): a for q, c, a in zip(frame.question, frame.coefficient, frame.answer)}
     for q in dict.fromkeys(frame.question):
         shown = [html.escape(str(answers_at.get((q, c), ""))).replace("\n", "<br>") for c in steps]
-        cells = "".join(f"<td>{text}</td>" for text in shown)
+        cells = "".join(f'<td data-label="c = {c:g}">{text}</td>' for c, text in zip(steps, shown))
         rows.append(f'<tr><th scope="row">{html.escape(q)}</th>{cells}</tr>')
     return (
         '<div class="sweep" data-label="Coefficient"><table class="texts"><thead><tr><th '
@@ -66,7 +88,7 @@ def sweep_view(
 def chosen_point(lm: LoadedModel, trait: str) -> dict:
     # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model
     "The choice of chapter 04 on extraction questions."
-    choice = load_json(lm.run_path(f"{trait}/04_evaluate/choice.json"), {})
+    choice = load_json(lm.run_path(f"{trait}/04_evaluate/choice.json", claim=False), {})
     return choice if choice.get("fingerprint") == lm.fingerprint else {}
 
 
@@ -96,3 +118,9 @@ def default_coefficient(lm: LoadedModel, trait: str) -> float:
             f"{trait}: no point of chapter 04 met its bound on coherence; the coefficient is the most coherent point's."
         )
     return choice.get("coefficient", 1.5)
+
+
+def point_against(lm: LoadedModel, trait: str, layer: int) -> tuple[int, float]:  # layer, coefficient (positive)
+    "Where to subtract the vector from a model that is told to show the trait: chapter 04 chose, else the given layer."
+    point = chosen_point(lm, trait).get("against") or dict(layer=layer, coefficient=-default_coefficient(lm, trait))
+    return point["layer"], abs(point["coefficient"])

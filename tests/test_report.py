@@ -75,9 +75,16 @@ def test_structure(page):
         and s.select_one("a.skip")["href"] == "#content"
         and s.main["id"] == "content"
     )
-    assert [h.text for h in s(["h2", "h3"])] == ["One", "Three", "Four", "Four"]  # headings without contents are gone
+    assert [h.text for h in s(["h2", "h3"])] == [
+        "One",
+        "Three",
+        "Four",
+        "Four",
+        "Method",
+        "Parameters",
+    ]  # headings without contents are gone
     links = [a["href"][1:] for a in s.select("nav.contents a")]
-    assert len(set(links)) == 4 and all(s.find(id=i) for i in links)
+    assert len(set(links)) == 6 and all(s.find(id=i) for i in links)
     assert "prefers-color-scheme:dark" in s.style.text and "@media print" in s.style.text
 
 
@@ -348,3 +355,43 @@ def test_the_script_of_the_pages_is_valid():
     script = Path(persona_steer.__file__).parent / "reports" / "templates" / "page.js"
     done = subprocess.run(["node", "--check", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_result_comes_first_and_examples_of_the_method_are_left_out(tmp_path):
+    """One sentence, the experiment, the method in prose, the parameters folded."""
+    cells = [
+        new_markdown_cell("# Evaluate\n> In short.\n\n**Question.** How strong?"),
+        new_markdown_cell("## The formula\nA mean of differences."),
+        shows(new_output("stream", name="stdout", text="toy 123"), source="toy()"),
+        new_markdown_cell("**Figure 1.** A toy."),
+        new_markdown_cell("## The experiment"),
+        new_code_cell('trait: str = "evil"  # which trait', metadata={"tags": ["parameters"]}),
+        new_markdown_cell("### The sweep"),
+        shows(png(), source="plot()"),
+        new_markdown_cell("**Figure 2.** The sweep."),
+        shows(
+            new_output("display_data", {"text/markdown": "**The score changes by +72 [65, 78].**", "text/plain": ""}),
+            tags=["headline"],
+        ),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "c.ipynb")
+    text = export_page(tmp_path / "c.ipynb", tmp_path / "c.html").read_text(encoding="utf-8")
+    html5lib.HTMLParser(strict=True).parse(text)
+    s = BeautifulSoup(text, "html.parser")
+    main = s.main.get_text(" ")
+    order = ["In short", "+72 [65, 78]", "The sweep", "Figure 2", "Method", "How strong?", "The formula", "which trait"]
+    places = [main.index(words) for words in order]
+    assert places == sorted(places) and "toy 123" not in main and "A toy" not in main and "The experiment" not in main
+    assert "open" not in s.select_one("details:has(.parameters)").attrs
+    failed = shows(new_output("error", ename="ValueError", evalue="no toy", traceback=["no toy"]), source="toy()")
+    nbformat.write(new_notebook(cells=[*cells[:2], failed, *cells[4:6]]), tmp_path / "f.ipynb")
+    assert "no toy" in export_page(tmp_path / "f.ipynb", tmp_path / "f.html").read_text(encoding="utf-8")
+
+
+def test_no_path_of_this_machine_is_published(page, tmp_path):
+    (tmp_path / "provenance.json").write_text(json.dumps({"files": [str(tmp_path / "data" / "mine.jsonl")]}))
+    text = str(page(shows(new_output("stream", name="stdout", text=f"wrote {tmp_path}/runs/evil/x.csv"))))
+    assert str(tmp_path) not in text and ".../evil/x.csv" in text and ".../data/mine.jsonl" in text
+    assert "https://arxiv.org/abs/2507.21509" in str(
+        page(new_markdown_cell("[paper](https://arxiv.org/abs/2507.21509)"))
+    )

@@ -5,10 +5,11 @@
 # %% ../../nbs/base/02_redaction.ipynb #d1b676d4
 from __future__ import annotations
 
+import os
 import re
 
 # %% auto #0
-__all__ = ['BLOT', 'ANSI', 'SECRET', 'SECRET_NAME', 'ASSIGNED', 'redact']
+__all__ = ['BLOT', 'ANSI', 'SECRET', 'SECRET_NAME', 'ASSIGNED', 'PLACE', 'redact', 'short_paths']
 
 # %% ../../nbs/base/02_redaction.ipynb #5b0dfb6c
 BLOT, ANSI = "[redacted]", re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colour codes could hide where a key begins
@@ -38,3 +39,17 @@ def redact(value, name: str = ""):
         if value and SECRET_NAME.search(name)
         else ASSIGNED.sub(rf"\1{BLOT}", SECRET.sub(BLOT, ANSI.sub("", value)))
     )
+
+
+PLACE = re.compile(r"(?<![\w.:/~<])/([\w.@+-]+)/(?:[\w.@+ -]+/)*([\w.@+-]+/[\w.@+-]+)")
+
+
+def short_paths(value):
+    "The same value (also dicts and lists), full paths of this machine cut to their last two names."
+    if isinstance(value, dict):
+        return type(value)({k: short_paths(v) for k, v in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(short_paths(v) for v in value)
+    if not isinstance(value, str):
+        return value
+    return PLACE.sub(lambda m: f".../{m[2]}" if os.path.isdir(f"/{m[1]}") else m[0], value)

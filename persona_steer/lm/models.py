@@ -138,14 +138,14 @@ class LoadedModel:
     def basename(self) -> str:
         return check_name(Path(self.name).name, "the model's name")
 
-    def run_path(self, name: str) -> Path:
+    def run_path(self, name: str, claim: bool = True) -> Path:  # claim=False: only to look
         """A path in this model's folder below runs/. Models of one name do not share it: where it belongs to another
         one, the fingerprint is added to the folder's name."""
         folder = run_path(self.basename)
         owner = load_json(folder / OWNER, {})
-        if not owner:
+        if not owner and claim:
             save_json(folder / OWNER, {"fingerprint": self.fingerprint, "model": model_source(self.name)})
-        elif owner.get("fingerprint") != self.fingerprint:
+        elif owner.get("fingerprint", self.fingerprint) != self.fingerprint:
             folder = folder.with_name(f"{folder.name}-{self.fingerprint[:6]}")
         return folder / name
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..base.core import PersonaError, load_json
-from ..base.redaction import redact
+from ..base.redaction import redact, short_paths
 
 # %% auto #0
 __all__ = ['PARAMETER_TAGS', 'read_notebook', 'tags', 'code_cells', 'errors', 'state', 'assignments', 'parameters',
@@ -21,11 +21,12 @@ __all__ = ['PARAMETER_TAGS', 'read_notebook', 'tags', 'code_cells', 'errors', 's
 
 # %% ../../nbs/reports/00_notebook.ipynb #d1326653
 def read_notebook(path: Path):
-    "The notebook, redacted, upgraded to format 4. Raises `PersonaError` if it cannot be read."
+    """The notebook, redacted, without full paths of this machine, upgraded to format 4. Raises `PersonaError` if it
+    cannot be read."""
     import nbformat
 
     try:
-        return redact(nbformat.read(Path(path), as_version=4))
+        return nbformat.from_dict(short_paths(redact(nbformat.read(Path(path), as_version=4))))
     except FileNotFoundError:
         raise PersonaError(f"{path} does not exist.") from None
     except Exception as e:
@@ -101,7 +102,7 @@ def sibling_json(notebook: Path, name: str) -> dict:
         value = load_json(path, {})
     except ValueError:
         return {name: "is not valid JSON"}
-    return redact(value) if isinstance(value, dict) else {}
+    return short_paths(redact(value)) if isinstance(value, dict) else {}
 
 # %% ../../nbs/reports/00_notebook.ipynb #a8efbd13
 def moment(stamp: str | None) -> str:

@@ -23,10 +23,10 @@ from persona_steer.reports.notebook import (
 from .theme import CSS, SCRIPT, render, template_text
 
 # %% auto #0
-__all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'PARAMETERS', 'CAPTION', 'CELLS', 'FETCHED', 'REMOTE', 'NUMBER',
-           'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'table_parameters', 'plain_text',
-           'take_caption', 'caption', 'cells_to_html', 'make_safe', 'align_numbers', 'tidy_tables', 'tidy_headings',
-           'flat', 'export_page']
+__all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'CAPTION', 'PARAMETERS', 'CELLS', 'FETCHED', 'REMOTE', 'NUMBER',
+           'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'results_first', 'table_parameters',
+           'plain_text', 'take_caption', 'caption', 'cells_to_html', 'make_safe', 'align_numbers', 'tidy_tables',
+           'tidy_headings', 'flat', 'export_page']
 
 # %% ../../nbs/reports/02_report.ipynb #7a29b0a2
 LEAD = r"(?:\s*#\s*\|[^\n]*\n)*\s*"
@@ -56,6 +56,9 @@ def clean_output(o):
     )
 
 # %% ../../nbs/reports/02_report.ipynb #de0ab798
+CAPTION = re.compile(r"\s*\*\*(Figure|Fig\.|Table)\b")
+
+
 def hidden(cell) -> bool:
     "Whether a code cell is implementation, a check, or only imports."
     if "remove_cell" in tags(cell) or HIDDEN.match(cell.source):
@@ -88,6 +91,32 @@ def keep_readable(nb):
     nb.cells = [c for c in nb.cells if c.get("outputs") or (c.source and not banners & tags(c))]
     CoalesceStreamsPreprocessor().preprocess(nb, {})
 
+# %% ../../nbs/reports/02_report.ipynb #c0c974b1
+def results_first(nb):
+    "Bring, in place, the cells of a job into the order of a page; other notebooks stay as they are."
+    from nbformat.v4 import new_markdown_cell
+
+    start = next((i for i, c in enumerate(nb.cells) if tags(c) & set(PARAMETER_TAGS)), 0)
+    if not start:
+        return
+    title, method = nb.cells[0], nb.cells[1:start]
+    quote = re.match(r"(#[^\n]*\n+(?:>[^\n]*\n?)*)(.*)", title.source, re.S)
+    if quote:
+        title.source = quote[1]
+        method.insert(0, new_markdown_cell(quote[2].strip()))
+    failures = [id(o) for o in errors(nb)]
+    kept = [c for c in method if c.cell_type == "markdown" and not CAPTION.match(c.source)]
+    for c in kept:  # one level down; the title of the experiment has no contents of its own
+        c.source = re.sub(r"^(#+ )", r"#\1", re.sub(r"(?m)^## The experiment\n?", "", c.source), flags=re.M)
+    broken = [c for c in method if c.cell_type == "code" and any(id(o) in failures for o in c.outputs)]
+    parameters, rest = [], []
+    for c in nb.cells[start:]:
+        (parameters if tags(c) & set(PARAMETER_TAGS) else rest).append(c)
+    headline = [c for c in rest if "headline" in tags(c)]
+    rest = [c for c in rest if "headline" not in tags(c)]
+    heads = [new_markdown_cell("## Method"), new_markdown_cell("## Parameters")]
+    nb.cells = [title, *headline, *broken, *rest, heads[0], *kept, heads[1], *parameters]
+
 # %% ../../nbs/reports/02_report.ipynb #8383050d
 PARAMETERS = template_text("parameters.html")
 
@@ -104,9 +133,6 @@ def table_parameters(nb):
     cells[0].outputs.insert(0, new_output("display_data", {"text/html": render(PARAMETERS, rows=rows)}))
 
 # %% ../../nbs/reports/02_report.ipynb #bec91c55
-CAPTION = re.compile(r"\s*\*\*(Figure|Fig\.|Table)\b")
-
-
 def plain_text(s):
     return re.sub(r"\s+", " ", re.sub(r"[*`#>]|\[([^]]*)]\([^)]*\)", r"\1", s)).strip()
 
@@ -280,6 +306,7 @@ def export_page(
 
     notebook, nb = Path(notebook), read_notebook(notebook)
     run, broke = facts(nb, notebook), bool(errors(nb))
+    results_first(nb)
     table_parameters(nb)
     keep_readable(nb)
     caption(nb)

@@ -17,7 +17,7 @@ import torch
 
 from .base.cache import Cache
 from .base.core import check, digest, load_json, provenance
-from .judges.judging import Judge, add_scores
+from .judges.judging import Judge, add_scores, work_line
 from .lm.activations import POOLS
 from .lm.generation import SamplingParams, collect_activations, sampling_for
 from .lm.models import LoadedModel
@@ -160,6 +160,7 @@ def extract(
     key = digest(*model, asdict(trait), judge.name, judge.key, *answers)
     if Cache(folder, key, overwrite).load(f"{trait.name}_vectors.json"):
         return load_extraction(folder, trait.name)
+    print(work_line(lm, judge, 2 * n * len(trait.extract_questions) * len(pairs), sampling))
     with score_in_background(judge) as scores_of:
         sides = {}
         for sign in ("pos", "neg"):

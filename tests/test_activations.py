@@ -332,6 +332,8 @@ def test_a_mode_that_needs_a_direction_refuses_a_zero_vector(llama):
         steer(llama, zero, 1, mode="ablate")
     with pytest.raises(PersonaError, match="coefficients at layer 1 hold NaN"):
         steer(llama, zero + 1, 1, float("nan"))
+    with pytest.raises(PersonaError, match="'high' is no number"):
+        steer(llama, zero + 1, 1, "high")
     assert len(repr(steer(llama, zero + 1, 1))) < 5000  # without the model
 
 

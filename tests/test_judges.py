@@ -1,6 +1,7 @@
 """Judges: expected scores from a causal LM, the pocket judge's interface."""
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -293,3 +294,36 @@ def test_a_misspelt_judge_is_no_model_behind_an_api(name, meant):
     with pytest.raises(PersonaError, match=f"did you mean '{meant}'"):
         load_judge(name)
     assert load_judge("gpt-4.1-mini-2025-04-14").billable
+
+
+def test_what_a_judge_in_this_process_has_scored_is_kept_when_it_is_stopped(tmp_path):
+    class Stopped(Judge):
+        name, key = "stopped", "1"
+        asked = 0
+
+        def judge(self, requests):
+            for i in range(len(requests)):
+                self.asked += 1
+                if self.asked == 150:
+                    raise KeyboardInterrupt
+                yield i, 50.0, True
+
+    trait, judge, cache = load_trait("evil"), Stopped(), JudgementCache(tmp_path / "x.sqlite")
+    questions, answers = ["q"] * 200, [f"answer {i}" for i in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        score_cached(judge, trait, questions, answers, cache=cache, progress=False)
+    before = judge.asked
+    scores = score_cached(judge, trait, questions, answers, cache=cache, progress=False)
+    assert len(scores) == 200 and judge.asked - before <= 400 - 128  # two of three lots of 64 had been stored
+
+
+def test_a_long_job_says_what_is_ahead(pocket):
+    from persona_steer.judges.judging import work_line
+    from persona_steer.lm.generation import SamplingParams
+
+    line = work_line(pocket, load_judge("pocket"), 240, SamplingParams(40))
+    form = (
+        r"Ahead: 240 answers of at most 40 tokens \(9,600 tokens; at most about [\d.]+ (s|min) on cpu, "
+        r"by a short probe\); 480 judgements by pocket[^.]*\."
+    )
+    assert re.fullmatch(form, line), line

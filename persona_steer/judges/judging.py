@@ -12,19 +12,21 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
 from ..base.core import check, run_path, settings
+from ..lm.generation import SamplingParams, generate
 from ..lm.models import LoadedModel
 from ..persona.traits import Trait
 
 # %% auto #0
-__all__ = ['COHERENCE_PROMPT', 'SCALES', 'MIN_MASS', 'SCALE_SUFFIXES', 'STORE_EVERY', 'fill_prompt', 'JudgeRequest',
-           'requests_of', 'weighted_score', 'parse_score', 'Judge', 'JudgementCache', 'score_cached', 'add_scores']
+__all__ = ['COHERENCE_PROMPT', 'SCALES', 'MIN_MASS', 'SCALE_SUFFIXES', 'STORE_EVERY', 'PROBE_ROWS', 'PROBE_TOKENS', 'fill_prompt',
+           'JudgeRequest', 'requests_of', 'weighted_score', 'parse_score', 'Judge', 'JudgementCache', 'score_cached',
+           'add_scores', 'work_line']
 
 # %% ../../nbs/judges/00_judging.ipynb #dfbbad1b
 COHERENCE_PROMPT = """Judge how coherent one answer of an assistant is. Coherent means: well-formed sentences that make sense together and \
@@ -278,3 +280,22 @@ def _asked(
                 waiting = []
             yield key, score, final
         book.keep(waiting)
+
+# %% ../../nbs/judges/00_judging.ipynb #198b01ad
+PROBE_ROWS, PROBE_TOKENS = 16, 12
+
+
+def work_line(lm: LoadedModel, judge: Judge | None, answers: int, sampling: SamplingParams) -> str:
+    "What a job has before it: answers, tokens, time for generating them on this device, judgements."
+    prompts = [lm.prompt(f"What should I know about the number {i}?") for i in range(PROBE_ROWS)]
+    start = time.perf_counter()
+    probe = generate(lm, prompts, replace(sampling, max_new_tokens=PROBE_TOKENS), progress=False)
+    rate = max(1, sum(probe.tokens)) / (time.perf_counter() - start)
+    tokens = answers * sampling.max_new_tokens
+    took = tokens / rate
+    span = f"{took:.0f} s" if took < 90 else f"{took / 60:.0f} min" if took < 5400 else f"{took / 3600:.1f} h"
+    judged = f"; {2 * answers:,} judgements by {judge.name}" if judge else ""
+    return (
+        f"Ahead: {answers:,} answers of at most {sampling.max_new_tokens} tokens ({tokens:,} tokens; at most about "
+        f"{span} on {lm.device.type}, by a short probe){judged}."
+    )

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..base.core import check
+from ..base.core import PersonaError, check
 from .models import LoadedModel
 from .routing import BatchRouting, routing_of
 
@@ -341,6 +341,14 @@ def _row(vector, layer: int, lm: LoadedModel) -> torch.Tensor:  # [hidden]
     check(torch.isfinite(v).all(), f"the vector holds NaN or infinite values at layer {layer}: extract it again.")
     return v
 
+
+def _coefficient(c) -> torch.Tensor:  # [] or [rows]
+    "A number, or one per row, as a tensor."
+    try:
+        return torch.as_tensor(c, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise PersonaError(f"the coefficient {c!r} is no number: give a number, or one per row.") from None
+
 # %% ../../nbs/lm/03_activations.ipynb #9bb5f8c2
 def steer(
     lm: LoadedModel,
@@ -369,10 +377,7 @@ def steer(
     )
     for l in layers:
         lm.check_layer(l)
-    terms = [
-        SteeringTerm(l, _row(v, l, lm), torch.as_tensor(c, dtype=torch.float32))
-        for v, l, c in zip(vectors, layers, coefficients)
-    ]
+    terms = [SteeringTerm(l, _row(v, l, lm), _coefficient(c)) for v, l, c in zip(vectors, layers, coefficients)]
     for t in terms:
         check(torch.isfinite(t.coefficient).all(), f"the coefficients at layer {t.layer} hold NaN or infinite values.")
         direction = mode == "add" or bool(t.vector.any())

@@ -360,6 +360,7 @@ def test_the_script_of_the_pages_is_valid():
 def test_the_result_comes_first_and_examples_of_the_method_are_left_out(tmp_path):
     """One sentence, the experiment, the method in prose, the parameters folded."""
     cells = [
+        new_code_cell("#| default_exp evaluation"),
         new_markdown_cell("# Evaluate\n> In short.\n\n**Question.** How strong?"),
         new_markdown_cell("## The formula\nA mean of differences."),
         shows(new_output("stream", name="stdout", text="toy 123"), source="toy()"),
@@ -379,12 +380,13 @@ def test_the_result_comes_first_and_examples_of_the_method_are_left_out(tmp_path
     html5lib.HTMLParser(strict=True).parse(text)
     s = BeautifulSoup(text, "html.parser")
     main = s.main.get_text(" ")
+    assert s.h1.text == "Evaluate"
     order = ["In short", "+72 [65, 78]", "The sweep", "Figure 2", "Method", "How strong?", "The formula", "which trait"]
     places = [main.index(words) for words in order]
     assert places == sorted(places) and "toy 123" not in main and "A toy" not in main and "The experiment" not in main
     assert "open" not in s.select_one("details:has(.parameters)").attrs
     failed = shows(new_output("error", ename="ValueError", evalue="no toy", traceback=["no toy"]), source="toy()")
-    nbformat.write(new_notebook(cells=[*cells[:2], failed, *cells[4:6]]), tmp_path / "f.ipynb")
+    nbformat.write(new_notebook(cells=[*cells[:3], failed, *cells[5:7]]), tmp_path / "f.ipynb")
     assert "no toy" in export_page(tmp_path / "f.ipynb", tmp_path / "f.html").read_text(encoding="utf-8")
 
 

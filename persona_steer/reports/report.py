@@ -31,7 +31,8 @@ __all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'CAPTION', 'PARAMETERS
 # %% ../../nbs/reports/02_report.ipynb #7a29b0a2
 LEAD = r"(?:\s*#\s*\|[^\n]*\n)*\s*"
 HIDDEN = re.compile(LEAD + r"(#\s*\|\s*(export|default_exp|hide\b)|test_\w+\(|assert\b|with expect)")
-NOISE = re.compile(r"^[^\n]*\d+%\|[^\n]*\|[^\n]*$\n?", re.M)  # a progress bar that went to stdout
+# a progress bar that went to stdout; what a job had before it
+NOISE = re.compile(r"^[^\n]*\d+%\|[^\n]*\|[^\n]*$\n?|^Ahead: [^\n]*$\n?", re.M)
 LITTER = re.compile(r"\[?<(matplotlib|Axes|Figure|seaborn|IPython)[^\n]*>,?")  # what plotting calls return
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -99,7 +100,8 @@ def results_first(nb):
     start = next((i for i, c in enumerate(nb.cells) if tags(c) & set(PARAMETER_TAGS)), 0)
     if not start:
         return
-    title, method = nb.cells[0], nb.cells[1:start]
+    first = next((i for i, c in enumerate(nb.cells[:start]) if c.cell_type == "markdown"), 0)
+    title, method = nb.cells[first], nb.cells[:first] + nb.cells[first + 1 : start]
     quote = re.match(r"(#[^\n]*\n+(?:>[^\n]*\n?)*)(.*)", title.source, re.S)
     if quote:
         title.source = quote[1]
@@ -113,6 +115,8 @@ def results_first(nb):
     for c in nb.cells[start:]:
         (parameters if tags(c) & set(PARAMETER_TAGS) else rest).append(c)
     headline = [c for c in rest if "headline" in tags(c)]
+    for c in headline:
+        c.metadata["tags"] = [*c.metadata["tags"], "remove_input"]
     rest = [c for c in rest if "headline" not in tags(c)]
     heads = [new_markdown_cell("## Method"), new_markdown_cell("## Parameters")]
     nb.cells = [title, *headline, *broken, *rest, heads[0], *kept, heads[1], *parameters]

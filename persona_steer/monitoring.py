@@ -104,7 +104,7 @@ def monitoring_rows(
 def check_length(lm: LoadedModel, prompts: list[str], new: int):
     "Raise `PersonaError` if a prompt and its answer do not fit into the model's context."
     longest = max(len(lm.tokenizer(p, add_special_tokens=False).input_ids) for p in prompts)
-    check_context(lm, longest, new)
+    check_context(lm, longest, new, "use fewer shots or shorter answers")
 
 # %% ../nbs/05a_monitor.ipynb #8e648c9c
 def monitor(

@@ -95,9 +95,9 @@ def test_loading_and_one_answer_take_hardly_longer_than_with_transformers_alone(
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
         return time.perf_counter() - start
 
-    # in turns, so that a busy moment falls on both
-    ours, plain = zip(*((seconds(OURS), seconds(PLAIN)) for _ in range(3)))
-    assert min(ours) < 1.5 * min(plain), (ours, plain)
+    # one after the other, so that a busy moment falls on both; the best of three rounds
+    ratios = [seconds(OURS) / seconds(PLAIN) for _ in range(3)]
+    assert min(ratios) < 1.5, ratios
 
 
 def test_pocket_judge_against_the_ground_truth_on_held_out_texts(pocket):

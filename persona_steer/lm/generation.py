@@ -257,13 +257,13 @@ def run_fingerprint(lm: LoadedModel, steering: Steering | None) -> list:
     ]
 
 
-def check_context(lm: LoadedModel, prompt: int, answer: int):
+def check_context(lm: LoadedModel, prompt: int, answer: int, advice: str = "shorten the prompt or the answer"):
     "Raise `PersonaError` if so many tokens of a prompt and its answer do not fit into the model's context."
     room = getattr(text_config(lm.model), "max_position_embeddings", None)
     check(
         not room or prompt + answer <= room,
         f"the longest prompt has {prompt} tokens and its answer may have {answer}, but {lm.name} has a context of "
-        f"{room}: shorten the prompt or the answer.",
+        f"{room}: {advice}.",
     )
 
 # %% ../../nbs/lm/05_generation.ipynb #2c4d30ec

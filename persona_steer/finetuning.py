@@ -192,13 +192,13 @@ def trainer_for(lm: LoadedModel, config: TrainingConfig, folder: Path, train: li
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    seen, held = tokenize_chats(lm, train, config), tokenize_chats(lm, test, config)
+    seen, held_out = tokenize_chats(lm, train, config), tokenize_chats(lm, test, config)
     check(seen is not None, "there is nothing to train on: test_share leaves no chat.")
     trainer = SFTTrainer(
         add_lora(lm, config),
-        args=sft_config(config, folder, held is not None, lm.device),
+        args=sft_config(config, folder, held_out is not None, lm.device),
         train_dataset=seen,
-        eval_dataset=held,
+        eval_dataset=held_out,
         processing_class=lm.tokenizer,
         callbacks=[_bar(f"train {folder.name}")],
     )
@@ -288,15 +288,15 @@ def _cache(folder: Path, inputs: PreparedRun, base: str) -> Cache:
     return Cache(folder, digest(inputs.key, base))
 
 # %% ../nbs/06_finetune.ipynb #c5985871
-def _train(trainer, held: Steering | None, folder: Path) -> int:  # forward passes that were steered
+def _train(trainer, steering: Steering | None, folder: Path) -> int:  # forward passes that were steered
     "Train from the last checkpoint on, under the guard; raises `PersonaError` if the guard never ran."
     last = _last_checkpoint(folder)
     before = int(last.rpartition("-")[2]) if last else 0
-    with held or nullcontext():
+    with steering or nullcontext():
         trainer.train(resume_from_checkpoint=last)
-        passes = held.passes() if held else 0
+        passes = steering.passes() if steering else 0
         check(
-            not held or passes or trainer.state.global_step == before,
+            not steering or passes or trainer.state.global_step == before,
             "the guard never ran: no forward pass was steered.",
         )
         evaluated = [r["step"] for r in trainer.state.log_history if "eval_loss" in r]

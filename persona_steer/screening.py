@@ -25,7 +25,7 @@ from .projection import project
 
 # %% auto #0
 __all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'flag', 'save_filtered',
-           'counts_line', 'of', 'plot_samples', 'plot_roc']
+           'counts_line', 'select_rows', 'plot_samples', 'plot_roc']
 
 # %% ../nbs/07_screen.ipynb #6f042ef2
 def own_answers(
@@ -194,7 +194,7 @@ def _files_name(files: list[str]) -> str:
     return f"{stems}-{hashlib.sha256(b'|'.join(contents)).hexdigest()[:6]}"
 
 # %% ../nbs/07_screen.ipynb #6282d496
-def of(screened: pd.DataFrame, family: str, level: str, trait: str, column: str = "difference") -> pd.Series:
+def select_rows(screened: pd.DataFrame, family: str, level: str, trait: str, column: str = "difference") -> pd.Series:
     "The rows of one dataset and trait, one column."
     return screened[(screened.family == family) & (screened.level == level) & (screened.trait == trait)][column]
 
@@ -237,7 +237,7 @@ def plot_roc(screened: pd.DataFrame, pairs: list[tuple[str, str]]):
     fig, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs), 3.3), layout="constrained", squeeze=False)
     for ax, (family, trait) in zip(axes[0], pairs):
         for i, (column, name) in enumerate(ESTIMATES.items()):
-            good, bad = (of(screened, family, l, trait, column).dropna() for l in ("normal", "misaligned_2"))
+            good, bad = (select_rows(screened, family, l, trait, column).dropna() for l in ("normal", "misaligned_2"))
             x, y, _ = roc_curve(np.r_[np.zeros(len(good)), np.ones(len(bad))], np.r_[good, bad])
             ax.plot(x, y, color=f"C{i}", lw=1.5, label=f"{name}: {auc(good, bad, 1)['auc']:.3f}")
         ax.plot([0, 1], [0, 1], color="#cccccc", lw=1)

@@ -82,7 +82,7 @@ class RemoteJudge(Judge):
         # newer models take no temperature
         return ask | (dict(temperature=0, seed=0) if self.scale == "binary_text" else {})
 
-    def read(self, reply) -> float:  # reply: JSON
+    def parse_reply(self, reply) -> float:  # reply: JSON
         "The score in a reply; raises `ValueError` if there is none."
         # a page of HTML comes back as text
         if not isinstance(reply, dict) or not reply.get("choices"):
@@ -108,7 +108,7 @@ class RemoteJudge(Judge):
         for left in reversed(range(attempts)):
             # plain JSON: a typed reply takes a third longer
             try:
-                return self.read(await client.post("/chat/completions", cast_to=object, body=self.request(item)))
+                return self.parse_reply(await client.post("/chat/completions", cast_to=object, body=self.request(item)))
             except (ValueError, openai.APIResponseValidationError):  # not JSON, no choice, no log-probabilities
                 if not left:
                     raise

@@ -210,7 +210,7 @@ class SteeringTerm:
     vector: torch.Tensor  # [hidden]
     coefficient: torch.Tensor  # [] or [rows]
 
-    def of(self, rows) -> SteeringTerm:
+    def select(self, rows) -> SteeringTerm:
         "The same term for some rows of the batch."
         return (
             SteeringTerm(self.layer, self.vector, self.coefficient[torch.as_tensor(rows)])
@@ -232,7 +232,7 @@ class Steering:
 
     def rows(self, index) -> Steering:
         "The same steering for some rows of the batch."
-        return Steering(self.lm, [t.of(index) for t in self.terms], self.positions, self.mode)
+        return Steering(self.lm, [t.select(index) for t in self.terms], self.positions, self.mode)
 
     def __enter__(self):
         tracker, fired, layers = PositionTracker(self.start), set(), {t.layer for t in self.terms}
@@ -284,7 +284,7 @@ class Steering:
             self.check_rows(len(tracker.over))
             new = operate(
                 h,
-                [t.of(route.representative_row.to(h.device)) if route else t for t in ready[place]],
+                [t.select(route.representative_row.to(h.device)) if route else t for t in ready[place]],
                 tracker.where(self.positions)[..., None],
             )
             return (new, *out[1:]) if isinstance(out, tuple) else new

@@ -168,7 +168,7 @@ def summarise(frame: pd.DataFrame, trait: str, by=("condition", "layer", "coeffi
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/04_evaluate.ipynb #c75326d8
 def format_summary(summary: pd.DataFrame) -> pd.DataFrame:  # condition, layer, coefficient, trait, coherence (texts)
     "A summary to print: each mean with its 95% interval and n."
     out = summary[["condition", "layer", "coefficient"]].copy()

@@ -13,13 +13,19 @@ __all__ = ['BLOT', 'ANSI', 'SECRET', 'SECRET_NAME', 'ASSIGNED', 'PLACE', 'redact
 
 # %% ../../nbs/base/02_redaction.ipynb #5b0dfb6c
 BLOT, ANSI = "[redacted]", re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # colour codes could hide where a key begins
+
+
 SECRET = re.compile(
     r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
     r"(?:sk-(?=[\w-]*\d)[\w-]{12,}|(?:hf|xai|gsk|nvapi|glpat)[_-](?=\w*\d)[\w-]{12,}|gh[opsru]_\w{16,}"
     r"|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
     r"|(?<=Bearer )[\w.~+/-]{12,}=*|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"
 )
+
+
 SECRET_NAME = re.compile(r"(?i)(api_?key|secret|password|access_?token|hf_?token|auth_?token)$")
+
+
 ASSIGNED = re.compile(
     r"(?i)((?:api_?key|secret|password|(?:access|hf|auth)_?token)['\"]?\s*[:=]\s*['\"]?)(?=[^\s'\"]*\d)[^\s'\",}]{6,}"
 )
@@ -43,7 +49,7 @@ def redact(value, name: str = ""):
 
 PLACE = re.compile(r"(?<![\w.:/~<])/([\w.@+-]+)/(?:[\w.@+ -]+/)*([\w.@+-]+/[\w.@+-]+)")
 
-
+# %% ../../nbs/base/02_redaction.ipynb #87106f52
 def short_paths(value):
     "The same value (also dicts and lists), full paths of this machine cut to their last two names."
     if isinstance(value, dict):

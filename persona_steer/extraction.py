@@ -160,6 +160,7 @@ def extract(
     key = digest(*model, asdict(trait), judge.name, judge.key, *answers)
     if Cache(folder, key, overwrite).load(f"{trait.name}_vectors.json"):
         return load_extraction(folder, trait.name)
+    print(f"The vectors go to {folder}.")
     print(work_line(lm, judge, 2 * n * len(trait.extract_questions) * len(pairs), sampling))
     with score_in_background(judge) as scores_of:
         sides = {}
@@ -246,8 +247,10 @@ def _set_aside(folder: Path, trait: str, key: str):
     if known and known.get("key") != key:
         earlier = folder / "earlier" / (known.get("key") or digest(known))
         earlier.mkdir(parents=True, exist_ok=True)
+        print(f"{folder} held vectors from other settings: they are in {earlier} now.")
         endings = [f"{k}_diff.pt" for k in POOLS] + ["pos.csv", "neg.csv", "vectors.json"]
-        for file in (folder / f"{trait}_{ending}" for ending in endings):
+        # what describes them goes with them
+        for file in (folder / name for name in [*(f"{trait}_{x}" for x in endings), "summary.json", "provenance.json"]):
             if file.exists():
                 file.replace(earlier / file.name)
 

@@ -40,11 +40,12 @@ NOTICEABLE = 10  # points of a mean score: a smaller difference between a few an
 
 
 def scores_line(scored: pd.DataFrame, trait: str) -> str:  # scored: condition, {trait}
-    "The mean trait score of each condition, as a sentence for below a table of answers."
+    "The mean score of each condition, as a sentence for below a table of answers."
     means = scored.groupby("condition", sort=False)[trait].mean()
     n = int(scored.groupby("condition").size().min())
     values = ", ".join(f"{name}: {'none' if pd.isna(m) else f'{m:.0f}'}" for name, m in means.items())
-    return f"Mean {trait} score of {n} answer{'s' * (n > 1)} each: {values}."
+    what = trait if trait == "coherence" else f"{trait} score"
+    return f"Mean {what} of {n} answer{'s' * (n > 1)} each: {values}."
 
 
 def change_line(before: float, after: float, what: str) -> str:

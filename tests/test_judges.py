@@ -323,7 +323,7 @@ def test_a_long_job_says_what_is_ahead(pocket):
 
     line = work_line(pocket, load_judge("pocket"), 240, SamplingParams(40))
     form = (
-        r"Ahead: 240 answers of at most 40 tokens \(9,600 tokens; at most about [\d.]+ (s|min) on cpu, "
-        r"by a short probe\); 480 judgements by pocket[^.]*\."
+        r"Ahead: 240 answers of at most 40 tokens \(9,600 tokens; at most about [\d.]+ (s|min) to write them on cpu, "
+        r"by a short probe\); then 480 judgements by pocket[^.]*\."
     )
     assert re.fullmatch(form, line), line

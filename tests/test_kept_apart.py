@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_steer.base.core import PersonaError, check_name, load_json
+from persona_steer.base.core import PersonaError, check_name, digest, load_json, save_json
 from persona_steer.extraction import extract, extraction_folder
-from persona_steer.jobs.batch import batch_folder, jobs_of
+from persona_steer.jobs.batch import batch_folder, has_its_results, jobs_of
 from persona_steer.judges.loading import load_judge
-from persona_steer.lm.generation import SamplingParams
+from persona_steer.lm.generation import SamplingParams, ask, generate
 from persona_steer.persona.traits import load_trait, save_trait, trait_files
 from persona_steer.persona.vectors import PersonaVectors, load_vectors, save_vectors
 
@@ -78,3 +78,43 @@ def test_no_name_leads_out_of_its_folder(pocket, runs, tmp_path, name):
 def test_ordinary_names_stay_allowed():
     for name in ("evil", "very evil", "evil+humorous", "random(seed 1)", "-1*evil", "Qwen2.5-7B-Instruct", "böse"):
         assert check_name(name, "the name") == name
+
+
+def test_saved_vectors_of_another_model_are_not_replaced(tmp_path):
+    def vectors(model):
+        return PersonaVectors("evil", *(torch.ones(2, 4) for _ in range(3)), metadata={"fingerprint": model})
+
+    save_vectors(vectors("one"), tmp_path)
+    save_vectors(vectors("one"), tmp_path)
+    with pytest.raises(PersonaError, match="vectors of evil of another model"):
+        save_vectors(vectors("two"), tmp_path)
+    save_vectors(vectors("two"), tmp_path, overwrite=True)
+    with pytest.raises(PersonaError, match="has vectors of evil"):
+        load_vectors(tmp_path, "evul")
+    with pytest.raises(PersonaError, match="there are no vectors in"):
+        load_vectors(tmp_path / "missing", "evil")
+
+
+def test_a_job_whose_results_somebody_replaced_is_not_skipped(tmp_path):
+    record = {"state": "done", "key": "k", "results": digest({"a": 1})}
+    (tmp_path / "j").mkdir()
+    save_json(tmp_path / "j/summary.json", {"a": 1})
+    assert has_its_results(str(tmp_path), "j", record)
+    save_json(tmp_path / "j/summary.json", {"a": 2})
+    assert not has_its_results(str(tmp_path), "j", record)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(seed="abc"), dict(temperature="hot"), dict(temperature=-1), dict(max_new_tokens=0), dict(top_p=0)]
+)
+def test_sampling_that_cannot_be_is_refused(settings):
+    with pytest.raises(PersonaError, match=f"{next(iter(settings))} is"):
+        SamplingParams(**settings)
+
+
+def test_a_text_is_no_list_of_prompts(pocket):
+    for wrong, words in (("How?", "one text"), ([""], "a prompt is empty")):
+        with pytest.raises(PersonaError, match=words):
+            generate(pocket, wrong, progress=False)
+    with pytest.raises(PersonaError, match="one question"):
+        ask(pocket, ["How?"])

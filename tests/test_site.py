@@ -260,3 +260,16 @@ def test_a_wrong_folder_and_a_foreign_page_cost_nothing(tmp_path):
     assert [p.name for p in (tmp_path / "web").iterdir()] == ["index.html"]
     assert (tmp_path / "web/index.html").read_text() == "mine"
     assert not list(tmp_path.glob(".site.*"))
+
+
+def test_results_are_found_where_the_chapter_wrote_them(tmp_path, runs):
+    """A notebook that papermill wrote elsewhere; results of another run of the chapter are not its own."""
+    times = dict(start_time="2026-11-02T14:00:00", end_time="2026-11-02T14:03:12", input_path="nbs/04_evaluate.ipynb")
+    write(runs, {"mine.ipynb": chapter(shows("x"), **times), "later.ipynb": chapter(shows("x"), **times)})
+    results = runs / "m/evil/04_evaluate"
+    results.mkdir(parents=True)
+    (results / "summary.json").write_text(json.dumps({"layer": 4, "evil, steered": [80.0, 75.0, 85.0]}))
+    for made, there in (("2026-11-02T14:03:11+00:00", True), ("2026-11-02T15:00:00+00:00", False)):
+        (results / "provenance.json").write_text(json.dumps({"time": made}))
+        index = BeautifulSoup(build_site(runs, tmp_path / "site").read_text(encoding="utf-8"), "html.parser")
+        assert ("80" in index.table.text) == there

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'unknown_name', 'settings',
+__all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'unknown_name', 'as_texts', 'settings',
            'project_root', 'data_path', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file',
            'find_file', 'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype',
            'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
@@ -75,6 +75,11 @@ def unknown_name(name: str, known: list[str], problem: str) -> str:  # one sente
     "A sentence about a name that is not known, with the nearest known one or all of them."
     near = difflib.get_close_matches(name, known, 1)
     return problem.format(name) + (f": did you mean '{near[0]}'?" if near else f"; it has {', '.join(known)}.")
+
+# %% ../../nbs/base/00_core.ipynb #b293f6f4
+def as_texts(value: str | list[str]) -> list[str]:
+    "A list of texts from a list, or from one text (what papermill's -p gives)."
+    return [value] if isinstance(value, str) and value else list(value)
 
 # %% ../../nbs/base/00_core.ipynb #13cae21a
 @functools.cache

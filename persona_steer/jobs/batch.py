@@ -37,8 +37,9 @@ from ..persona.traits import load_trait, trait_files, traits_folder
 
 # %% auto #0
 __all__ = ['RECORD', 'Executor', 'SPEC', 'MARKS', 'chapter_path', 'chapter_parameters', 'as_text', 'cast', 'as_values',
-           'read_grid', 'Job', 'job_key', 'model_of', 'job_name', 'jobs_of', 'read_record', 'state_of', 'flat_results',
-           'summary_row', 'save_summary', 'batch_folder', 'todo', 'run_batch', 'progress_table']
+           'read_grid', 'Job', 'job_key', 'model_of', 'job_name', 'jobs_of', 'read_record', 'state_of',
+           'has_its_results', 'flat_results', 'summary_row', 'save_summary', 'batch_folder', 'todo', 'run_batch',
+           'progress_table']
 
 # %% ../../nbs/jobs/00_batch.ipynb #75bc2dd8
 def chapter_path(name: str) -> Path:
@@ -297,6 +298,12 @@ def state_of(record: dict, key: str) -> str:  # new, done, failed, running
     interrupted."""
     return record.get("state", "new") if record.get("key") == key else "new"
 
+
+def has_its_results(runs: str, name: str, record: dict) -> bool:
+    "False if somebody else has written another summary.json into the folder of a job that is done."
+    known = record.get("results")
+    return not known or record.get("state") != "done" or known == digest(read_record(runs, name, "summary.json"))
+
 # %% ../../nbs/jobs/00_batch.ipynb #b678ad91
 def flat_results(results: dict, trait: str = "") -> dict:  # name -> value; [value, low, high] becomes three
     "Headline results as columns."
@@ -369,7 +376,7 @@ def run_batch(
 
     def known(job, record=None):  # nothing where other settings left a record in the folder
         record = record or read_record(runs, job.name)
-        return record if state_of(record, job.key) != "new" else {}
+        return record if state_of(record, job.key) != "new" and has_its_results(runs, job.name, record) else {}
 
     records = [known(j) for j in jobs]
     which = todo(jobs, records, resume, overwrite)

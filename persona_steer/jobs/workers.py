@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from ..base.core import PersonaError, check, load_json, save_json
+from ..base.core import PersonaError, check, digest, load_json, save_json
 from ..base.redaction import redact
-from .batch import RECORD, read_record, state_of
+from .batch import RECORD, has_its_results, read_record, state_of
 
 # %% auto #0
 __all__ = ['NEEDED', 'LEDGER', 'SMALL', 'job_directory', 'filesystem', 'download_dir', 'work', 'execute', 'WorkerDied',
@@ -99,7 +99,8 @@ def work(spec: dict) -> dict:  # the record
             mine = before if before.get("key") == spec["key"] else {}
             if not mine:
                 (folder / "summary.json").unlink(missing_ok=True)  # results of other settings
-            if state_of(before, spec["key"]) == "done" and (not spec["overwrite"] or before["batch"] == spec["batch"]):
+            done = state_of(before, spec["key"]) == "done" and has_its_results(str(runs), spec["name"], before)
+            if done and (not spec["overwrite"] or before["batch"] == spec["batch"]):
                 return before
             again = mine.get("batch") == spec["batch"]  # another attempt of the same batch: go on, do not begin anew
             record = dict(
@@ -117,6 +118,7 @@ def work(spec: dict) -> dict:  # the record
             save_json(folder / RECORD, redact(record))
             record |= execute(spec, runs, overwrite=spec["overwrite"] and not again)
             record |= dict(seconds=time.time() - record["started"], ends=record["ends"] + (record["state"] == "done"))
+            record["results"] = digest(load_json(folder / "summary.json", {}))
             save_json(folder / RECORD, redact(record))
     return record
 

@@ -294,8 +294,9 @@ def work_line(lm: LoadedModel, judge: Judge | None, answers: int, sampling: Samp
     tokens = answers * sampling.max_new_tokens
     took = tokens / rate
     span = f"{took:.0f} s" if took < 90 else f"{took / 60:.0f} min" if took < 5400 else f"{took / 3600:.1f} h"
-    judged = f"; {2 * answers:,} judgements by {judge.name}" if judge else ""
+    measures = 2 + len(judge.extra) if judge else 0
+    judged = f"; then {measures * answers:,} judgements by {judge.name}" if judge else ""
     return (
         f"Ahead: {answers:,} answers of at most {sampling.max_new_tokens} tokens ({tokens:,} tokens; at most about "
-        f"{span} on {lm.device.type}, by a short probe){judged}."
+        f"{span} to write them on {lm.device.type}, by a short probe){judged}."
     )

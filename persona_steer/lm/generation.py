@@ -48,6 +48,17 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
 
+    def __post_init__(self):
+        whole = isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1
+        check(whole, f"max_new_tokens is {self.max_new_tokens!r}: it must be 1 or more.")
+        warm = isinstance(self.temperature, (int, float)) and self.temperature >= 0
+        check(warm, f"temperature is {self.temperature!r}: it must be a number, 0 or more.")
+        check(
+            isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1,
+            f"top_p is {self.top_p!r}: it must be over 0, at most 1.",
+        )
+        check(isinstance(self.seed, int), f"seed is {self.seed!r}: it must be a whole number.")
+
 
 def sampling_for(
     lm: LoadedModel,
@@ -62,7 +73,7 @@ def sampling_for(
     tokens, heat = (80, 1.0) if lm.world == "pocket" else (48, 0.7) if small else (200, 1.0)
     return SamplingParams(max_new_tokens or tokens, heat if temperature is None else temperature, top_p, seed)
 
-
+# %% ../../nbs/lm/05_generation.ipynb #a9333b4e
 def uniforms(
     seeds: list[int],  # one per row
     n: int,
@@ -266,6 +277,14 @@ def check_context(lm: LoadedModel, prompt: int, answer: int, advice: str = "shor
         f"{room}: {advice}.",
     )
 
+# %% ../../nbs/lm/05_generation.ipynb #7333f259
+def _check_rows(lm: LoadedModel, ids: list, sampling: SamplingParams, steering: Steering | None):
+    "Raise `PersonaError` for an empty prompt, one beyond the context, or steering of other rows."
+    check(all(ids), "a prompt is empty: render it with lm.prompt(question).")
+    check_context(lm, max(map(len, ids)), sampling.max_new_tokens)
+    if steering:
+        steering.check_rows(len(ids))
+
 # %% ../../nbs/lm/05_generation.ipynb #2c4d30ec
 def generate(
     lm: LoadedModel,
@@ -281,12 +300,11 @@ def generate(
     callback=None,  # called after every token with all ids so far, [rows, tokens] (one batch then); True ends it
 ) -> GenerationOutput:
     "Answer every prompt; results in the order of the prompts, however they were batched."
+    check(not isinstance(prompts, str), "prompts is one text: give a list of rendered prompts.")
     check(len(prompts), "there is nothing to generate: the list of prompts is empty.")
-    if steering:
-        steering.check_rows(len(prompts))
     seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
     ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-    check_context(lm, max(map(len, ids)), sampling.max_new_tokens)
+    _check_rows(lm, ids, sampling, steering)
     _, ties = same_prompts(prompts)  # equal prompts go together: they are read once a batch
     batches = [list(range(len(ids)))]
     if not callback:
@@ -315,6 +333,7 @@ def ask(
     sampling: SamplingParams | None = None,  # None: what suits the model
 ) -> str:
     "One answer to one question, for trying things out; steering contexts that are open apply."
+    check(isinstance(question, str), "ask takes one question: use generate_table for several.")
     return generate(lm, [lm.prompt(question, system)], sampling or sampling_for(lm), progress=False).texts[0]
 
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/persona/00_traits.ipynb #e1856b73
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import re
@@ -85,7 +86,9 @@ def load_trait(
     own = traits_folder(world)
     folder = Path(folder or (own if name in list_traits(own) else traits_folder()))
     known = list_traits(folder)
-    check(name in known, f"trait '{name}' is unknown in {folder}: it has {', '.join(known) or 'none'}.")
+    near = difflib.get_close_matches(str(name).lower(), known, 1)
+    hint = f"did you mean '{near[0]}'? It" if near else "it"
+    check(name in known, f"trait '{name}' is unknown in {folder}: {hint} has {', '.join(known) or 'none'}.")
     a, b = (_check_file(folder / split / f"{name}.json") for split in ("extract", "eval"))
     both = set(a["questions"]) & set(b["questions"])
     check(

@@ -40,7 +40,8 @@ class PersonaVectors:
         if "pairs_kept" not in m:
             return f"vectors of {self.trait} that were made elsewhere"
         seed = m.get("sampling", {}).get("seed")
-        made = f"{m['pairs_kept']} of {m['pairs_made']} pairs, judge {m['judge']}"
+        pairs = f"{m['pairs_kept']} of {m['pairs_made']} pairs, threshold {m['threshold']:g}"
+        made = f"on {m['model']}, {pairs}, judge {m['judge']}"
         made += "" if seed is None else f", seed {seed}"
         return f"vectors of {self.trait} {m.get('key') or 'from CSV files'} ({made}, {m['time'][:10]})"
 
@@ -72,18 +73,26 @@ def vector_file(folder: Path | str, trait: str, pooling: str) -> Path:
     return Path(folder) / f"{check_name(trait, 'the trait')}_{pooling}_diff.pt"
 
 
-def save_vectors(v: PersonaVectors, folder: Path | str) -> Path:  # the metadata file
+def save_vectors(v: PersonaVectors, folder: Path | str, overwrite: bool = False) -> Path:  # the metadata file
     "Write the three files, then the metadata, which marks them as complete."
+    record = Path(folder) / f"{check_name(v.trait, 'the trait')}_vectors.json"
+    known = load_json(record, {}).get("fingerprint")
+    check(
+        overwrite or not known or known == v.metadata.get("fingerprint"),
+        f"{folder} holds vectors of {v.trait} of another model: choose another folder, or use overwrite=True.",
+    )
     for k in POOLS:
         with atomic_path(vector_file(folder, v.trait, k)) as tmp:
             torch.save(getattr(v, k).float().contiguous().cpu(), tmp)
-    return save_json(Path(folder) / f"{v.trait}_vectors.json", v.metadata)
+    return save_json(record, v.metadata)
 
 
 def load_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidden]
     "Read one vector file, this project's or a published one."
     path = Path(path)
-    check(path.exists(), f"{path} does not exist: extract the vector first (chapter 02).")
+    there = sorted(p.name.removesuffix("_response_avg_diff.pt") for p in path.parent.glob("*_response_avg_diff.pt"))
+    has = f"{path.parent} has vectors of {', '.join(there)}" if there else f"there are no vectors in {path.parent}"
+    check(path.exists(), f"{path} does not exist; {has}.")
     try:
         v = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as e:
@@ -91,7 +100,7 @@ def load_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidde
     check(isinstance(v, torch.Tensor) and v.dim() == 2, f"{path} must hold one tensor [layers + 1, hidden].")
     return v.float()
 
-
+# %% ../../nbs/persona/01_vectors.ipynb #d71fa301
 def load_vectors(folder: Path | str, trait: str) -> PersonaVectors:
     "Read the three files of a trait and their metadata (empty if the files were made elsewhere)."
     found = {k: load_vector(vector_file(folder, trait, k)) for k in POOLS}

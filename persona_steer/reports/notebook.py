@@ -12,12 +12,12 @@ import tokenize
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..base.core import PersonaError, load_json
+from ..base.core import PersonaError, load_json, run_path
 from ..base.redaction import redact, short_paths
 
 # %% auto #0
 __all__ = ['PARAMETER_TAGS', 'read_notebook', 'tags', 'code_cells', 'errors', 'state', 'assignments', 'parameters',
-           'sibling_json', 'moment', 'span', 'heading', 'facts']
+           'results_folder', 'sibling_json', 'moment', 'span', 'heading', 'facts']
 
 # %% ../../nbs/reports/00_notebook.ipynb #d1326653
 def read_notebook(path: Path):
@@ -95,9 +95,27 @@ def parameters(nb) -> list[dict]:  # name, value, comment, set: given for this r
     return list(rows.values())
 
 # %% ../../nbs/reports/00_notebook.ipynb #10c993e8
-def sibling_json(notebook: Path, name: str) -> dict:
-    "A JSON object that lies beside a notebook, redacted; empty if it is missing, a note if it is broken."
-    path = Path(notebook).parent / name
+def results_folder(notebook: Path, nb=None) -> Path:
+    """The folder of the results of an executed notebook: beside it, or that of its chapter below runs/, if they were
+    written while it ran."""
+    notebook = Path(notebook)
+    run = nb.metadata.get("papermill", {}) if nb else {}
+    chapter = Path(run.get("input_path") or "").stem
+    if not chapter or (notebook.parent / "provenance.json").exists():
+        return notebook.parent
+    if run.get("start_time") and run.get("end_time"):
+        begin, end = (datetime.fromisoformat(run[k]).replace(tzinfo=UTC) for k in ("start_time", "end_time"))
+        for pattern in (f"*/{chapter}/**/provenance.json", f"*/*/{chapter}/**/provenance.json"):
+            for path in run_path().glob(pattern):
+                made = load_json(path, {}).get("time")
+                if made and begin.replace(microsecond=0) <= datetime.fromisoformat(made) <= end:
+                    return path.parent
+    return notebook.parent
+
+
+def sibling_json(notebook: Path, name: str, nb=None) -> dict:
+    "A JSON object among the results of a notebook, redacted; empty if it is missing, a note if it is broken."
+    path = results_folder(notebook, nb) / name
     try:
         value = load_json(path, {})
     except ValueError:
@@ -143,12 +161,12 @@ def facts(nb, path: Path) -> dict:
     title, summary = heading(nb)
     judge = given.get("judge_model")
     if judge == "auto":  # which judge that was, the run wrote down
-        judge = sibling_json(path, "provenance.json").get("judge") or judge
+        judge = sibling_json(path, "provenance.json", nb).get("judge") or judge
     return dict(
         title=title or Path(path).stem,
         summary=summary,
         trait=given.get("trait"),
-        model=given.get("model") or sibling_json(path, "provenance.json").get("model"),
+        model=given.get("model") or sibling_json(path, "provenance.json", nb).get("model"),
         judge=judge,
         state=state(nb),
         when=moment(run.get("end_time") or run.get("start_time")),

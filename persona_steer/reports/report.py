@@ -331,7 +331,7 @@ def export_page(
         sections=sections,
         body=str(soup),
         script=SCRIPT if soup.select_one(".sweep") else "",
-        made=flat(sibling_json(notebook, "provenance.json")),
+        made=flat(sibling_json(notebook, "provenance.json", nb)),
     )
     with atomic_path(out) as tmp:
         tmp.write_text(page, encoding="utf-8")

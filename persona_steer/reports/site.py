@@ -81,7 +81,9 @@ def index_row(notebook: Path, page: Path, detail: str = "") -> dict:
             sort={},
         )
     # of a failed run, they would be an earlier one's
-    first, other = split_results(sibling_json(notebook, "summary.json") if run["state"] == "done" else {}, run["trait"])
+    first, other = split_results(
+        sibling_json(notebook, "summary.json", nb) if run["state"] == "done" else {}, run["trait"]
+    )
     kept = page.with_suffix(".ipynb") if run["state"] == "failed" else None
     if kept:
         import nbformat

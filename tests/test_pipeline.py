@@ -133,6 +133,7 @@ def test_a_judge_elsewhere_works_while_the_next_answers_are_written(pocket, smal
 
 def test_an_interrupted_run_goes_on_and_equals_an_uninterrupted_one(pocket, judge, small, tmp_path, monkeypatch):
     monkeypatch.setattr(settings(), "batch_tokens", 700)  # several batches
+    monkeypatch.setattr(extraction, "work_line", lambda *a: "")  # its probe generates, too
     whole = extract(pocket, small, judge, sampling=SamplingParams(40), out=tmp_path / "whole")
     real, calls = generation._generate_batch, []
 
@@ -168,7 +169,6 @@ from persona_steer.extraction import extract
 from persona_steer.lm.generation import SamplingParams
 from persona_steer.judges.loading import load_judge
 from persona_steer.lm.models import load_model
-from persona_steer.persona.scores import auc
 from persona_steer.persona.traits import load_trait
 settings().batch_tokens = 1500
 lm, judge = load_model("pocket"), load_judge("pocket")
@@ -430,7 +430,7 @@ def test_the_example_in_contributing_runs(tmp_path):
     env = dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["unsteered", "evil", "random"]
+    assert [line.split()[0] for line in done.stdout.splitlines()][-3:] == ["unsteered", "evil", "random"]
 
 
 def documented_commands():

@@ -1,6 +1,7 @@
 """A headless Chromium, and servers for it: JupyterLab, notebook 7 and Voila on copies of the notebooks. Without
 Chromium the tests are skipped, in CI they fail."""
 
+import json
 import os
 import shutil
 import socket
@@ -84,6 +85,28 @@ def dashboard(folder, request):
     name = f"{request.node.name}.ipynb"
     shutil.copy(folder / "11_dashboard.ipynb", folder / name)
     return name
+
+
+SLOWLY = """
+
+import time
+
+_answer_at_once = answer_live
+
+
+def answer_live(lm, request, vectors, show):
+    return _answer_at_once(lm, request, vectors, lambda answers: time.sleep(0.1) or show(answers))
+"""
+
+
+@pytest.fixture
+def slow_dashboard(folder, dashboard):
+    """The same, a token taking a tenth of a second: pocket's answers would be over before a click arrives."""
+    notebook = json.loads((folder / dashboard).read_text(encoding="utf-8"))
+    imports = next(c for c in notebook["cells"] if "import Answer, LatestRequestWorker" in "".join(c["source"]))
+    imports["source"] = ["".join(imports["source"]) + SLOWLY]
+    (folder / dashboard).write_text(json.dumps(notebook), encoding="utf-8")
+    return dashboard
 
 
 def serve(folder, *command):

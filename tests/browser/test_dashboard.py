@@ -99,8 +99,8 @@ def test_in_jupyterlab(page, lab, dashboard):
     assert serious(page.complaints) == []
 
 
-def test_stop_several_traits_and_errors(page, lab, dashboard):
-    run_all(page, f"{lab}/lab/tree/{dashboard}")
+def test_stop_several_traits_and_errors(page, lab, slow_dashboard):
+    run_all(page, f"{lab}/lab/tree/{slow_dashboard}")
     status(page, "Done:")
     page.locator(".sweep table").wait_for(timeout=LONG)
     tokens = int(re.search(r"Done: (\d+) tokens", page.get_by_role("status").first.inner_text())[1])

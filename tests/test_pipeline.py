@@ -531,3 +531,42 @@ def test_an_auc_over_few_questions_is_less_certain():
     assert alone["auc"] == grouped["auc"] and grouped["low"] <= grouped["auc"] <= grouped["high"]
     unpaired = auc(good, bad + 3 * rng.normal(size=6)[q], good_groups=q, bad_groups=q)
     assert unpaired["high"] - unpaired["low"] > 2 * (alone["high"] - alone["low"])
+
+
+def test_an_empty_filter_names_the_judge_each_count_and_the_parameters():
+    from persona_steer.persona.scores import pair_mask
+
+    rows = {"answer": ["a", "b"], "coherence": [10.0, 90.0], "judge": "likelihood (x)"}
+    pos, neg = pd.DataFrame(rows | {"evil": [90.0, 10.0]}), pd.DataFrame(rows | {"evil": [5.0, 5.0]})
+    with pytest.raises(PersonaError) as e:
+        pair_mask(pos, neg, "evil")
+    for words in (
+        "judge: likelihood (x)",
+        "1 positive answers score at least 50",
+        "2 negative ones below 50",
+        "parameter 'threshold'",
+        "1 pairs have a coherence of at least 50",
+        "parameter 'min_coherence'",
+    ):
+        assert words in str(e.value), words
+
+
+def test_a_choice_that_met_no_bound_is_not_handed_on_in_silence(pocket, monkeypatch, tmp_path, capsys):
+    from persona_steer.base.core import save_json
+    from persona_steer.steering import default_coefficient, default_layer
+
+    monkeypatch.setattr(settings(), "runs", tmp_path)
+    choice = dict(layer=3, coefficient=2.0, bound_met=False, fingerprint=pocket.fingerprint)
+    save_json(pocket.run_path("evil/04_evaluate/choice.json"), choice)
+    assert "no point met the bound" in default_layer(pocket, "evil")[1]
+    assert default_coefficient(pocket, "evil") == 2.0 and "no point of chapter 04 met" in capsys.readouterr().out
+
+
+def test_what_an_example_shows_is_computed():
+    from persona_steer.steering import change_line, scores_line
+
+    few = pd.DataFrame({"condition": ["c = 0", "c = 0", "c = 2", "c = 2"], "evil": [0.0, 10.0, 80.0, 90.0]})
+    assert scores_line(few, "evil") == "Mean evil score of 2 answers each: c = 0: 5, c = 2: 85."
+    assert change_line(5, 85, "It") == "It rises from 5 to 85." and change_line(85, 5, "It") == "It falls from 85 to 5."
+    assert change_line(50, 55, "It") == "It hardly changes: 50, then 55."
+    assert "cannot be compared" in change_line(float("nan"), 5, "It")

@@ -21,7 +21,7 @@ from .judges.judging import Judge, add_scores, work_line
 from .lm.activations import POOLS
 from .lm.generation import SamplingParams, collect_activations, sampling_for
 from .lm.models import LoadedModel
-from .lm.tables import generate_table
+from .lm.tables import BOOKKEEPING, generate_table
 from .persona.scores import MIN_COHERENCE, auc, format_auc, load_scores, pair_mask, save_scores
 from .persona.traits import Trait, system_prompt
 from .persona.vectors import PersonaVectors, load_vectors, save_vectors
@@ -168,7 +168,7 @@ def extract(
             label = f"{trait.name} {sign}"
             rows = extraction_rows(lm, trait, sign, n, pairs)
             table, acts = generate_table(lm, rows, sampling, None, True, engine, folder, overwrite, label)
-            table = table.drop(columns=["seed", "tokens", "engine"])
+            table = table.drop(columns=BOOKKEEPING)
             sides[sign] = scores_of(table, lm, judge, trait, f"judge {label}"), acts
         pos, neg = ((scores.result(), acts) for scores, acts in sides.values())
     facts = dict(n=n, pairs=pairs, sampling=asdict(sampling), engine=engine.name if engine else "hf")

@@ -15,7 +15,7 @@ from .base.core import check, load_json
 from .judges.judging import Judge, add_scores
 from .lm.generation import SamplingParams, check_context
 from .lm.models import LoadedModel
-from .lm.tables import generate_table
+from .lm.tables import BOOKKEEPING, generate_table
 from .persona.scores import correlation, format_correlation, save_table
 from .persona.traits import Trait, traits_folder
 from .persona.vectors import PersonaVectors
@@ -124,7 +124,7 @@ def monitor(
     judge.check(trait, len(rows))
     check_length(lm, list(rows.prompt.unique()), sampling.max_new_tokens)
     table = generate_table(lm, rows, sampling, folder=folder, overwrite=overwrite, label="answer")
-    frame = add_scores(table.drop(columns=["seed", "tokens", "engine"]), lm, judge, trait, "judge")
+    frame = add_scores(table.drop(columns=BOOKKEEPING), lm, judge, trait, "judge")
     if folder:
         save_table(frame, Path(folder) / "answers.csv")
     asked = (

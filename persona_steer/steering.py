@@ -123,5 +123,5 @@ def default_coefficient(lm: LoadedModel, trait: str) -> float:
 
 def point_against(lm: LoadedModel, trait: str, layer: int) -> tuple[int, float]:  # layer, coefficient (positive)
     "Where to subtract the vector from a model that is told to show the trait: chapter 04 chose, else the given layer."
-    point = chosen_point(lm, trait).get("against") or dict(layer=layer, coefficient=-default_coefficient(lm, trait))
-    return point["layer"], abs(point["coefficient"])
+    point = chosen_point(lm, trait).get("against")
+    return (point["layer"], abs(point["coefficient"])) if point else (layer, default_coefficient(lm, trait))

@@ -17,7 +17,7 @@ from .routing import BatchRouting, routing_of
 
 # %% auto #0
 __all__ = ['POOLS', 'MODES', 'PositionTracker', 'hidden', 'ActivationPooler', 'SteeringTerm', 'Steering', 'add', 'ablate',
-           'validate_vector', 'steer', 'steers_prompts', 'prompts_differ']
+           'validate_vector', 'check_steering', 'steer', 'steers_prompts', 'prompts_differ']
 
 # %% ../../nbs/lm/03_activations.ipynb #2bd3c1fb
 class PositionTracker:
@@ -350,6 +350,16 @@ def _coefficient(c) -> torch.Tensor:  # [] or [rows]
         raise PersonaError(f"the coefficient {c!r} is no number: give a number, or one per row.") from None
 
 # %% ../../nbs/lm/03_activations.ipynb #9bb5f8c2
+def check_steering(positions: str, mode: str):
+    "Raise `PersonaError` for positions or a mode that do not exist."
+    check(
+        positions in ("response", "prompt", "all"),
+        f"positions '{positions}' is unknown: use 'response', 'prompt' or 'all'.",
+    )
+    known = " or ".join(f"'{m}'" for m in MODES)
+    check(mode in MODES, f"mode '{mode}' is unknown: use {known}.")
+
+
 def steer(
     lm: LoadedModel,
     vectors,  # [hidden], [layers + 1, hidden], or a list of such
@@ -359,12 +369,7 @@ def steer(
     mode: str = "add",
 ) -> Steering:
     "Steering as a context manager; raises `PersonaError` for a layer, width or position that does not exist."
-    check(
-        positions in ("response", "prompt", "all"),
-        f"positions '{positions}' is unknown: use 'response', 'prompt' or 'all'.",
-    )
-    known = " or ".join(f"'{m}'" for m in MODES)
-    check(mode in MODES, f"mode '{mode}' is unknown: use {known}.")
+    check_steering(positions, mode)
     vectors = list(vectors) if isinstance(vectors, (list, tuple)) else [vectors]
     layers = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     coefficients = list(coefficients) if isinstance(coefficients, (list, tuple)) else [coefficients]

@@ -14,7 +14,7 @@ from .generation import SamplingParams, collect_activations, generate
 from .models import LoadedModel
 
 # %% auto #0
-__all__ = ['condition_rows', 'table_steering', 'generate_table']
+__all__ = ['BOOKKEEPING', 'condition_rows', 'table_steering', 'generate_table']
 
 # %% ../../nbs/lm/09_tables.ipynb #8981ab0a
 def condition_rows(
@@ -50,6 +50,9 @@ def table_steering(
     return Steering(lm, terms, positions, mode) if terms else None
 
 # %% ../../nbs/lm/09_tables.ipynb #ec7dd70d
+BOOKKEEPING = ["seed", "tokens", "engine"]  # columns that tables of scored answers do without
+
+
 def generate_table(
     lm: LoadedModel,
     rows: pd.DataFrame,  # seed, and prompt or question and system

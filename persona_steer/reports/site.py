@@ -139,7 +139,8 @@ def build_site(
     executed."""
     runs, out = Path(runs), Path(out)
     check(runs.is_dir(), f"There is no folder {runs}: give the folder with executed notebooks, such as runs.")
-    with tempfile.TemporaryDirectory(prefix=".site.", dir=_made(out.parent)) as beside:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".site.", dir=out.parent) as beside:
         pages = _write_pages(runs, Path(beside), out, title)
         own = _own_pages(out)
         foreign = sorted(name for name in pages if name not in own and (out / name).exists())
@@ -147,8 +148,9 @@ def build_site(
             not foreign,
             f"{out} holds {', '.join(foreign[:3])}, which this command did not write: choose another folder.",
         )
+        out.mkdir(parents=True, exist_ok=True)
         for name in pages:
-            os.replace(Path(beside) / name, _made(out) / name)
+            os.replace(Path(beside) / name, out / name)
     save_json(out / PAGES, pages)
     for old in own - set(pages):
         (out / old).unlink(missing_ok=True)
@@ -159,11 +161,6 @@ def _own_pages(out: Path) -> set[str]:
     "Names of the files that an earlier build wrote."
     known = load_json(out / PAGES, [])
     return {Path(name).name for name in [*known, *(["index.html"] if known else [])]}
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 # %% ../../nbs/reports/04_site.ipynb #51d27d40
 def _count(paths: list[Path], rows: list[dict]) -> str:  # "3 notebooks from 1 job: 3 done."

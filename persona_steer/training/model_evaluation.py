@@ -18,7 +18,7 @@ from ..judges.judging import Judge, add_scores
 from ..lm.activations import Steering
 from ..lm.generation import SamplingParams, run_fingerprint
 from ..lm.models import LoadedModel
-from ..lm.tables import generate_table
+from ..lm.tables import BOOKKEEPING, generate_table
 from ..persona.scores import mean_ci, save_table
 from ..persona.traits import Trait
 from ..persona.vectors import PersonaVectors
@@ -72,7 +72,7 @@ def _rows(lm: LoadedModel, traits: list[Trait], split: str, system: str, n: int)
 def _score(lm: LoadedModel, judge: Judge, traits: list[Trait], table: pd.DataFrame) -> pd.DataFrame:
     # trait, question, prompt, answer, score, coherence
     "Answers with the score of the trait whose questions they answer."
-    table = table.drop(columns=["seed", "tokens", "engine"])
+    table = table.drop(columns=BOOKKEEPING)
     parts = []
     for t in traits:
         own = table[table.trait == t.name].reset_index(drop=True)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .base.core import check
+from .base.core import as_list, check
 from .judges.judging import Judge, add_scores
 from .judges.second_opinions import add_second_opinion
 from .lm.activations import steer
@@ -33,6 +33,7 @@ __all__ = ['EQUAL_KL', 'UNDONE', 'sweep_rows', 'point_rows', 'instructed_rows', 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_rows(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
     "Every layer with every coefficient; coefficient 0 is the same at all layers, so it is asked once."
+    layers, coefficients = as_list(layers, int), as_list(coefficients)
     points = [(l, c) for l in layers for c in coefficients if c]
     return point_rows(questions, pd.DataFrame(points, columns=["layer", "coefficient"]), n)
 

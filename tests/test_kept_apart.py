@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from persona_steer.base.core import PersonaError, check_name, digest, load_json, save_json
+from persona_steer.base.cache import own_results
+from persona_steer.base.core import PersonaError, check_name, digest, load_json, project_root, save_json
+from persona_steer.evaluation import sweep_rows
 from persona_steer.extraction import extract, extraction_folder
 from persona_steer.jobs.batch import batch_folder, has_its_results, jobs_of
 from persona_steer.judges.loading import load_judge
+from persona_steer.lm.activations import steer
 from persona_steer.lm.generation import SamplingParams, ask, generate
 from persona_steer.persona.traits import load_trait, save_trait, trait_files
 from persona_steer.persona.vectors import PersonaVectors, load_vectors, save_vectors
@@ -118,3 +121,78 @@ def test_a_text_is_no_list_of_prompts(pocket):
             generate(pocket, wrong, progress=False)
     with pytest.raises(PersonaError, match="one question"):
         ask(pocket, ["How?"])
+
+
+CLAIM = "from persona_steer.base.cache import own_results\nfrom persona_steer.base.core import save_json\n"
+
+
+def test_a_chapter_that_runs_again_with_other_parameters_keeps_its_earlier_results(tmp_path):
+    import nbformat
+    import papermill
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    first = new_code_cell(
+        f'trait: str = "evil"\nn: int = 1\nout: str = "{tmp_path}"', metadata={"tags": ["parameters"]}
+    )
+    job = new_code_cell(CLAIM + 'save_json(own_results(out, "model") / "summary.json", {"n": n})')
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=[first, job], metadata=kernel), tmp_path / "a.ipynb")
+    (tmp_path / "notes.txt").write_text("the user's own")
+
+    def run(**given):
+        papermill.execute_notebook(
+            tmp_path / "a.ipynb", tmp_path / "out.ipynb", given, kernel_name="python3", progress_bar=False
+        )
+        return sorted(load_json(p)["n"] for p in tmp_path.glob("earlier/*/summary.json"))
+
+    assert run(n=1) == [] and run(n=1) == []
+    assert load_json(tmp_path / "settings.json")["parameters"] == {"trait": "evil", "n": 1}
+    assert run(n=2) == [1] and load_json(tmp_path / "summary.json")["n"] == 2
+    assert run(n=1) == [1, 2] and load_json(tmp_path / "summary.json")["n"] == 1
+    assert {p.name for p in tmp_path.iterdir()} >= {"notes.txt", "a.ipynb", "out.ipynb"}
+
+
+def test_folders_and_records_of_a_batch_stay_where_they_are(tmp_path):
+    own_results(tmp_path, 1, folders=("filtered",))
+    for name in ("filtered", "training-1", ".parts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.json").write_text("{}")
+    for name in ("job.json", "families.csv"):
+        (tmp_path / name).write_text("{}")
+    own_results(tmp_path, 2, folders=("filtered",))
+    moved = {str(p.relative_to(tmp_path).relative_to(f"earlier/{p.parts[len(tmp_path.parts) + 1]}"))
+             for p in tmp_path.glob("earlier/*/*")}  # fmt: skip
+    assert moved == {"filtered", "families.csv", "settings.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"earlier", "job.json", "settings.json", "training-1", ".parts"}
+
+
+def test_every_chapter_with_results_sets_earlier_ones_aside():
+    """02, 05 and 06 do so in the library or refuse; 11 writes nothing; 12 measures anew."""
+    for path in sorted((project_root() / "nbs").glob("0*.ipynb")):
+        source = path.read_text(encoding="utf-8")
+        if path.stem not in ("02_extract", "05_project", "06_finetune"):
+            assert "= own_results(" in source, path.name
+
+
+def test_vectors_have_a_key_of_their_values():
+    one = PersonaVectors("evil", *torch.randn(3, 5, 8))
+    assert one.content_hash == PersonaVectors("other", one.prompt_avg, one.response_avg, one.prompt_last).content_hash
+    assert one.content_hash != (2.0 * one).content_hash
+
+
+def test_vectors_of_different_models_are_not_added():
+    one, other = (PersonaVectors("evil", *torch.randn(3, 5, width)) for width in (8, 16))
+    for add in (lambda: one + other, lambda: one - other):
+        with pytest.raises(PersonaError, match=r"\[5, 8\].*\[5, 16\].*cannot be added"):
+            add()
+
+
+def test_steering_takes_a_tensor_and_says_so(pocket):
+    with pytest.raises(PersonaError, match=r"not PersonaVectors; take one of its three, such as \.response_avg"):
+        steer(pocket, PersonaVectors("evil", *torch.randn(3, 5, 8)), 1)
+    with pytest.raises(PersonaError, match="not str"):
+        steer(pocket, "evil", 1)
+
+
+def test_one_layer_is_a_list_of_one():
+    assert sweep_rows(["a?"], 3, 2.0).equals(sweep_rows(["a?"], [3], [2.0]))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import threading
 from pathlib import Path
 
-from .core import PersonaError, atomic_path, digest, load_json, save_json
+from .core import PersonaError, atomic_path, digest, load_json, run_parameters, save_json
 
 # %% auto #0
-__all__ = ['STATES', 'Cache', 'ResumableRun', 'check_writable']
+__all__ = ['STATES', 'SETTINGS', 'ELSEWHERE', 'Cache', 'ResumableRun', 'check_writable', 'own_results']
 
 # %% ../../nbs/base/01_cache.ipynb #8c797f3b
 class Cache:
@@ -69,7 +70,7 @@ class ResumableRun(Cache):
         self.steps = self.load(STATES["steps"]).get("steps", {})
         self.finished = False
         if not self.steps:
-            (self.folder / STATES["done"]).unlink(missing_ok=True)  # results of other settings
+            (self.folder / STATES["done"]).unlink(missing_ok=True)  # of other settings, or to be made again
 
     def step(self, name: str, make):  # a JSON-able value
         "The result of a step: the stored one, or a new one that is then stored."
@@ -137,3 +138,47 @@ def check_writable(folder: Path):
         raise PersonaError(
             f"nothing can be written to {folder} ({e.strerror or type(e).__name__}): choose another folder with out=..."
         ) from None
+
+# %% ../../nbs/base/01_cache.ipynb #8bd6e997
+SETTINGS = "settings.json"  # in a folder of results: what they were made with
+ELSEWHERE = {"out", "overwrite", "device", "base_url", "max_calls"}  # parameters that do not change results
+
+
+def own_results(
+    folder: Path | str,
+    *made_from,  # what results depend on beside the parameters: fingerprints and keys (JSON-able)
+    folders: tuple = (),  # names of folders with results; other folders know their inputs themselves
+) -> Path:  # the folder
+    """Make a folder ready for the results of a notebook's run with the parameters that it has now. Results of another
+    run there are moved to earlier/{key of its settings}; not hidden files, notebooks and what belongs to a batch."""
+    folder = Path(folder)
+    parameters = {k: v for k, v in run_parameters().items() if k not in ELSEWHERE}
+    key = digest(parameters, made_from)
+    known = load_json(folder / SETTINGS, {})
+    if known and known["key"] != key:
+        _set_aside(folder, known, folders)
+    if known.get("key") != key:
+        others = known.get("others", _names(folder))
+        save_json(folder / SETTINGS, {"key": key, "parameters": parameters, "made_from": made_from, "others": others})
+    return folder
+
+
+def _names(folder: Path) -> list[str]:
+    "Names in a folder that are neither hidden, nor notebooks, nor a batch's."
+    if not folder.is_dir():
+        return []
+    names = sorted(p.name for p in folder.iterdir())
+    return [n for n in names if not n.startswith(".") and not n.endswith((".ipynb", ".log")) and n != "job.json"]
+
+
+def _set_aside(folder: Path, settings: dict, folders: tuple):
+    "Move the results that were made with some settings to a folder named by their key."
+    earlier = folder / "earlier" / settings["key"]
+    earlier.mkdir(parents=True, exist_ok=True)
+    for name in _names(folder):
+        path = folder / name
+        if name not in settings["others"] and (path.is_file() or name in folders):
+            if (earlier / name).is_dir():
+                shutil.rmtree(earlier / name)
+            path.replace(earlier / name)
+    print(f"{folder} held results from other settings: they are in {earlier} now.")

@@ -21,10 +21,11 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'unknown_name', 'as_texts', 'settings',
-           'project_root', 'data_path', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file',
-           'find_file', 'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype',
-           'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
+__all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'run_parameters', 'unknown_name',
+           'as_texts', 'settings', 'project_root', 'data_path', 'check_name', 'run_path', 'default_config',
+           'local_folder', 'local_file', 'find_file', 'model_source', 'seed_everything', 'pick_device',
+           'cpu_has_bfloat16', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state',
+           'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -53,15 +54,33 @@ def as_list(value, kind=float) -> list:
 def check_parameters():
     """Raise `PersonaError` if papermill was given a parameter that this notebook does not have. Papermill puts what it
     was given into a cell of its own, right after the one with the defaults."""
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    cells = list(shell.user_ns.get("In", [])) if shell else []  # the source of each executed cell
+    cells = _executed_cells()
     injected = max((i for i, source in enumerate(cells) if source.startswith("# Parameters\n")), default=0)
     if injected:
         known, given = _assigned(cells[injected - 1]), _assigned(cells[injected])
         for name in given:
             check(name in known, unknown_name(name, known, "this notebook has no parameter '{}'"))
+
+
+def run_parameters() -> dict:  # name -> value; empty outside a notebook
+    "The parameters of this notebook's run as they are now: the names that its cell with the defaults annotates."
+    from IPython import get_ipython
+
+    for source in reversed(_executed_cells()):
+        with contextlib.suppress(SyntaxError):  # a cell with a magic command
+            body = ast.parse(source).body
+            if body and all(isinstance(node, ast.AnnAssign) for node in body):
+                known = get_ipython().user_ns
+                return {name: known[name] for name in _assigned(source) if name in known}
+    return {}
+
+
+def _executed_cells() -> list[str]:  # the oldest first
+    "The source of each cell that this notebook has executed."
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    return list(shell.user_ns.get("In", [])) if shell else []
 
 
 def _assigned(source: str) -> list[str]:

@@ -97,8 +97,6 @@ def work(spec: dict) -> dict:  # the record
         with FileLock(folder / ".lock"):
             before = load_json(folder / RECORD, {})
             mine = before if before.get("key") == spec["key"] else {}
-            if not mine:
-                (folder / "summary.json").unlink(missing_ok=True)  # results of other settings
             done = state_of(before, spec["key"]) == "done" and has_its_results(str(runs), spec["name"], before)
             if done and (not spec["overwrite"] or before["batch"] == spec["batch"]):
                 return before

@@ -320,6 +320,11 @@ MODES = {"add": add, "ablate": ablate}
 # %% ../../nbs/lm/03_activations.ipynb #bc19bb9b
 def validate_vector(vector, lm: LoadedModel) -> torch.Tensor:  # float32 [hidden] or [layers + 1, hidden], as given
     "A vector, checked against the model's width and depth."
+    check(
+        isinstance(vector, (torch.Tensor, list)) or hasattr(vector, "__array__"),
+        f"a vector is a tensor [hidden] or [layers + 1, hidden], not {type(vector).__name__}"
+        + ("; take one of its three, such as .response_avg." if hasattr(vector, "response_avg") else "."),
+    )
     v = torch.as_tensor(vector).detach().float()
     check(
         v.dim() in (1, 2) and v.shape[-1] == lm.hidden_size,

@@ -5,6 +5,7 @@
 # %% ../../nbs/persona/01_vectors.ipynb #25d8122a
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,6 +35,14 @@ class PersonaVectors:
     metadata: dict = field(default_factory=dict)
 
     @property
+    def content_hash(self) -> str:  # 12 hexadecimal digits
+        "A digest of the values: what results depend on."
+        h = hashlib.sha256()
+        for k in POOLS:
+            h.update(getattr(self, k).float().contiguous().cpu().numpy().tobytes())
+        return h.hexdigest()[:12]
+
+    @property
     def origin(self) -> str:
         "What made the vectors, as reports name it."
         m = self.metadata
@@ -49,10 +58,20 @@ class PersonaVectors:
         return replace(self, trait=name, metadata={"made_of": name}, **{k: f(k) for k in POOLS})
 
     def __add__(self, other):
+        self._check_shape(other)
         return self._map(lambda k: getattr(self, k) + getattr(other, k), f"{self.trait}+{other.trait}")
 
     def __sub__(self, other):
+        self._check_shape(other)
         return self._map(lambda k: getattr(self, k) - getattr(other, k), f"{self.trait}-{other.trait}")
+
+    def _check_shape(self, other: PersonaVectors):
+        shapes = [list(v.response_avg.shape) for v in (self, other)]
+        check(
+            shapes[0] == shapes[1],
+            f"vectors of {self.trait} {shapes[0]} and of {other.trait} {shapes[1]} were made for different models: "
+            "they cannot be added.",
+        )
 
     def __mul__(self, c: float):
         return self._map(lambda k: getattr(self, k) * c, f"{c:g}*{self.trait}")

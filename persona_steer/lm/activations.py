@@ -17,7 +17,7 @@ from .routing import BatchRouting, routing_of
 
 # %% auto #0
 __all__ = ['POOLS', 'MODES', 'PositionTracker', 'hidden', 'ActivationPooler', 'SteeringTerm', 'Steering', 'add', 'ablate',
-           'validate_vector', 'check_steering', 'steer', 'steers_prompts', 'prompts_differ']
+           'validate_vector', 'check_steering', 'steer', 'is_steered', 'steers_prompts', 'prompts_differ']
 
 # %% ../../nbs/lm/03_activations.ipynb #2bd3c1fb
 class PositionTracker:
@@ -395,6 +395,11 @@ def steer(
     return Steering(lm, terms, positions, mode)
 
 # %% ../../nbs/lm/03_activations.ipynb #f7f04ba9
+def is_steered(base_model) -> bool:
+    "Is a steering open?"
+    return bool(_OPEN.get(base_model))
+
+
 def steers_prompts(base_model) -> bool:
     "Does an open steering touch more of a prompt than its last token, or each row in its own way?"
     return any(

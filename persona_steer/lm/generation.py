@@ -34,8 +34,8 @@ from .routing import BatchRouting, routing
 
 # %% auto #0
 __all__ = ['HEAD', 'SamplingParams', 'sampling_for', 'uniforms', 'sample_token', 'Sampler', 'stop_ids', 'GenerationOutput',
-           'text_of', 'length_batches', 'reading_batches', 'padded', 'run_fingerprint', 'check_context', 'generate',
-           'ask', 'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'answer_logits',
+           'text_of', 'length_batches', 'reading_batches', 'padded', 'cached_part', 'run_fingerprint', 'check_context',
+           'generate', 'ask', 'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'answer_logits',
            'answer_logprobs', 'next_logits']
 
 # %% ../../nbs/lm/05_generation.ipynb #2c696ba1
@@ -239,7 +239,7 @@ def padded(tokenizer, ids: list[list[int]], side: str, device) -> dict:  # input
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side=side).to(device)
 
 # %% ../../nbs/lm/05_generation.ipynb #1fb4a8fd
-def _part(cache: Cache | None, i: int, make: Callable) -> GenerationOutput:
+def cached_part(cache: Cache | None, i: int, make: Callable) -> GenerationOutput:
     "A stored part, or a new one that is then stored."
     from safetensors.torch import load_file, save_file
 
@@ -321,7 +321,7 @@ def generate(
     parts = []
     with tqdm(total=len(prompts), desc=label, unit="answer", disable=not progress) as bar:
         for i, batch in enumerate(batches):
-            parts.append(_part(cache, i, partial(answer, batch)))
+            parts.append(cached_part(cache, i, partial(answer, batch)))
             bar.update(len(batch))
     return _restore(parts, batches)
 

@@ -5,12 +5,14 @@
 # %% ../../nbs/lm/09_tables.ipynb #a2368b5e
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import torch
 
 from ..base.core import check
 from .activations import Steering, steer
-from .generation import SamplingParams, collect_activations, generate
+from .generation import SamplingParams, generate
 from .models import LoadedModel
 
 # %% auto #0
@@ -59,7 +61,7 @@ def generate_table(
     sampling: SamplingParams = SamplingParams(),
     steering: Steering | None = None,  # its coefficients may be one per row, see `table_steering`
     return_activations: bool = False,
-    engine=None,  # what writes the answers: None for Hugging Face, or a VLLMEngine, which cannot steer
+    engine=None,  # what writes the answers: None for Hugging Face, or a VLLMEngine
     folder=None,  # where finished batches are kept, so that an interrupted run resumes
     overwrite: bool = False,
     label: str = "generate",  # of the progress bar and of the kept batches
@@ -76,12 +78,7 @@ def generate_table(
     if "prompt" not in rows:
         rows = rows.assign(prompt=[lm.prompt(q, s) for q, s in zip(rows.question, rows.system)])
     prompts, seeds = list(rows.prompt), list(rows.seed)
-    if engine:
-        check(not steering, f"{engine.name} cannot steer: leave engine out.")
-        out = engine.generate(prompts, sampling, seeds, folder, overwrite, label)
-        if return_activations:
-            out.activations = collect_activations(lm, prompts, out.texts, f"read {label}")
-    else:
-        out = generate(lm, prompts, sampling, steering, seeds, return_activations, folder, overwrite, label)
+    write = engine.generate if engine else partial(generate, lm)
+    out = write(prompts, sampling, steering, seeds, return_activations, folder, overwrite, label)
     table = rows.assign(answer=out.texts, tokens=out.tokens, engine=engine.name if engine else "hf")
     return (table, out.activations) if return_activations else table

@@ -18,7 +18,7 @@ from .worker import KEY, check_version
 __all__ = ['WORKER', 'OWN', 'COLLECTED', 'engine_options', 'Served', 'check_request', 'block_key', 'add_projections', 'register',
            'served_by', 'observe']
 
-# %% ../../nbs/serving/04_plugin.ipynb #d80e9974
+# %% ../../nbs/serving/04_plugin.ipynb #d57fab66
 WORKER = "persona_steer.serving.worker.SteeringWorker"
 
 
@@ -38,8 +38,10 @@ def engine_options(
 class Served:
     "What requests to one engine may name: limits, and fingerprints of the vectors."
 
-    def __init__(self, config: dict, n_layers: int):
+    def __init__(self, config: dict, n_layers: int, most_requests: int = 0):
         self.config, self.n_layers = config, n_layers
+        # specifications at a time; 0: there is a slot for each request that the engine runs at a time
+        self.slots = config["slots"] if config["slots"] < most_requests else 0
         self.digests = dict(config["digests"])  # grows only where Python adds vectors
 
     @property
@@ -51,7 +53,7 @@ class Served:
         "What steering does to a cache: the specification, and the values of the vectors that it names."
         return f"{spec};" + ",".join(self.digests[t.name] for t in spec.terms) if spec else ""
 
-# %% ../../nbs/serving/04_plugin.ipynb #e254a3c0
+# %% ../../nbs/serving/04_plugin.ipynb #fd27faf2
 OWN = {"steer", "monitor", "pool", "steer_key", "steer_slots"}
 
 
@@ -71,7 +73,7 @@ def check_request(served: Served, params, prompt_length: int | None):
         params.skip_reading_prefix_cache = True  # what is not computed cannot be pooled
     if asked:
         keep = {k: v for k, v in extra.items() if k not in OWN}
-        mine = dict(steer=str(spec) if spec else "", steer_key=served.key(spec), steer_slots=served.config["slots"])
+        mine = dict(steer=str(spec) if spec else "", steer_key=served.key(spec), steer_slots=served.slots)
         monitor = ",".join(f"{n}@{l}" for n, l in monitors)
         params.extra_args = keep | mine | dict(monitor=monitor, pool=extra.get("pool") or {})
 
@@ -93,7 +95,7 @@ def add_projections(known: dict, new: dict):
     for name, values in new.items():
         known.setdefault(name, []).extend(values)
 
-# %% ../../nbs/serving/04_plugin.ipynb #6b8f428e
+# %% ../../nbs/serving/04_plugin.ipynb #080cad7c
 def register():
     "The entry point that vLLM calls in each of its processes."
     _follow_requests()
@@ -125,7 +127,7 @@ def served_by(processor) -> Served | None:
             worker = config.parallel_config.worker_cls
             check(worker == WORKER, f"steering needs vLLM's option worker_cls={WORKER}, not {worker}.")
         layers = config.model_config.hf_text_config.num_hidden_layers
-        processor.persona_steer = Served(mine, layers) if mine else None
+        processor.persona_steer = Served(mine, layers, config.scheduler_config.max_num_seqs) if mine else None
     return processor.persona_steer
 
 

@@ -35,7 +35,7 @@ def steered_range(spec: SteeringSpec, prompt_length: int) -> tuple[int, int | No
     "The positions of a request that are steered."
     return {"response": (prompt_length - 1, None), "prompt": (0, prompt_length), "all": (0, None)}[spec.positions]
 
-# %% ../../nbs/serving/02_steps.ipynb #e0e15767
+# %% ../../nbs/serving/02_steps.ipynb #285e7dd3
 class StepBook:
     "Requests under way; fills the tables before a step and reads them after it."
 
@@ -57,7 +57,7 @@ class StepBook:
             r.slot, new = self.tables.slots.take(r.spec)
             if new:
                 self.tables.fill(r.slot, r.spec)
-        if r.pool:
+        if r.pool and self.pool_rows:
             r.pool_row = self.pool_rows.pop()
             self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1] = 0
         self.requests[name] = r
@@ -69,7 +69,8 @@ class StepBook:
             self.tables.slots.leave(r.spec)
         if r and r.pool:
             self.pools[r.pool] = self._pooled(r)
-            self.pool_rows.append(r.pool_row)
+            if r.pool_row:
+                self.pool_rows.append(r.pool_row)
 
     def begin(
         self, step: list[tuple[str, int, int]]
@@ -112,8 +113,8 @@ class StepBook:
         if first == 0 and r.pooled:  # read again from the start
             self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1] = 0
             r.pooled = 0
-        if first != r.pooled:
-            r.pooled = -1  # a part is missing
+        if first != r.pooled or not r.pool_row:
+            r.pooled = -1  # a part is missing, or there was no row left
             return
         positions = torch.arange(first, first + rows.shape[1])
         prompt, response = 3 * r.pool_row - 2, 3 * r.pool_row - 1
@@ -134,9 +135,7 @@ class StepBook:
         self.reading = []
         return out
 
-    def take_pools(
-        self, keys: list[str]
-    ) -> dict:  # key -> float32 [3, layers + 1, hidden], or None if a part is missing
+    def take_pools(self, keys: list[str]) -> dict:  # key -> float32 [3, layers + 1, hidden], or None
         "Pooled activations (means over the prompt and over the response, and the prompt's last token), which are then forgotten."
         running = {r.pool: name for name, r in self.requests.items() if r.pool in keys}
         for name in running.values():
@@ -147,5 +146,5 @@ class StepBook:
         if r.pooled < r.prompt_length:
             return None
         sums = self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1].transpose(0, 1).cpu()
-        counts = torch.tensor([r.prompt_length, max(1, min(r.pooled - r.prompt_length, r.pool_tokens)), 1.0])
-        return sums / counts[:, None, None]
+        counts = torch.tensor([r.prompt_length, min(r.pooled - r.prompt_length, r.pool_tokens), 1.0])
+        return sums / counts[:, None, None]  # NaN for an empty response

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..base.core import PersonaError, check
-from .specification import SteeringSpec, Term
 from .steps import StepBook
 from .tables import SteeringTables, apply_step, register_tables
 from .vectors import served_vectors
@@ -219,7 +218,7 @@ def _carry(out, found: dict):
         out.persona_steer = found
     return out
 
-# %% ../../nbs/serving/03_worker.ipynb #cdae87ce
+# %% ../../nbs/serving/03_worker.ipynb #2dac5aa4
 @functools.cache
 def _worker_class():
     "vLLM's worker for this platform, with steering."
@@ -243,10 +242,13 @@ def _worker_class():
             follow_runner(self.model_runner, self.steering_book)
             return out
 
-        def persona_add_vector(self, name: str, shape: list, data: bytes):
-            "For engines in Python: one more vector."
-            vector = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(shape)
-            self.steering_book.tables.add_vector(name, vector)
+        def persona_add_vector(self, name: str, layer: int, data: bytes):
+            "For engines in Python: one more vector, or one more of its layers."
+            tables = self.steering_book.tables
+            known = tables.vectors.get(name)
+            rows = torch.zeros(tables.n_layers + 1, tables.table[0].shape[1]) if known is None else known
+            rows[layer] = torch.frombuffer(bytearray(data), dtype=torch.float32)
+            tables.add_vector(name, rows)
 
         def persona_take_pools(self, keys: list) -> list:  # of the bytes of [3, layers + 1, hidden] in float32, or b""
             "For engines in Python: pooled activations."
@@ -274,7 +276,7 @@ def attach(runner, vllm_config) -> StepBook:
     inner, blocks = find_served_blocks(model, text.num_hidden_layers)
     dtype = vllm_config.model_config.dtype
     tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1024  # a step may be padded
-    sizes = {k: config[k] for k in ("slots", "monitors", "capture") if k in config}
+    sizes = {k: config[k] for k in ("slots", "capture")} | {"monitors": max(1, config["monitors"])}  # one for the test
     tables = SteeringTables(text.num_hidden_layers, text.hidden_size, dtype, runner.device, tokens, **sizes)
     for name, vector in served_vectors(config.get("vectors", {})).items():
         tables.add_vector(name, vector)
@@ -304,8 +306,6 @@ def attach(runner, vllm_config) -> StepBook:
 def check_compiled(runner, tables: SteeringTables):
     """Steer one step of the model as it will run, compiled or captured, and raise `PersonaError` unless the projections
     move by the vector."""
-    if not tables.probes.shape[1]:
-        return
     layer, n = tables.n_layers // 2 + 1, 8
     attention = {"force_attention": True} if hasattr(runner, "_prepare_inputs") else {"skip_attn": False}
     vector = torch.nn.functional.normalize(torch.randn(tables.probes.shape[2]), dim=0)

@@ -26,8 +26,8 @@ def main_options():
     pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'finetune', 'report', 'batch', 'set_runs', 'Progress',
-           'job_line', 'finish_batch', 'joined', 'main']
+__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'finetune', 'report', 'batch', 'set_runs',
+           'Progress', 'job_line', 'finish_batch', 'joined', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -82,6 +82,30 @@ def writer_of(model: str, base_url: str = ""):
 
     lm = load_model(model)
     return lambda prompt: lm.strip_thinking(ask(lm, prompt, sampling=SamplingParams(8000)), lm.prompt(prompt))
+
+# %% ../../nbs/app/02_cli.ipynb #fc7c2003
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: str = typer.Argument(help="'smollm2', 'pocket', a model's folder, a GGUF file, or a hub id"),
+    vectors: list[str] = typer.Option(..., help="a folder with vectors, a vector file, or name=file; may be repeated"),
+    presets: str = typer.Option("", help="a YAML file of names with 'steer' and 'monitor', served as models"),
+    name: str = typer.Option("", help="what the server calls the model; default: the given name"),
+    max_coefficient: float = typer.Option(0.0, help="what a request may ask for at a layer; 0: anything"),
+    slots: int = typer.Option(64, help="different specifications that can be applied at a time"),
+    monitors: int = typer.Option(8, help="the first so many vectors can be monitored"),
+):
+    "Start vLLM's OpenAI-compatible server with steering and monitoring; further options are vLLM's own."
+    import os
+
+    from persona_steer.lm.models import resolve_model
+    from persona_steer.serving.server import server_command
+
+    where, adapter = resolve_model(model)
+    more = list(context.args)
+    check(not adapter, f"{model} is an adapter: serve {where}, and name the adapter with vLLM's --lora-modules.")
+    command = server_command(where, name or model, vectors, presets, max_coefficient, slots, monitors, tuple(more))
+    os.execv(command[0], command)
 
 # %% ../../nbs/app/02_cli.ipynb #1a7fee3e
 @app.command()

@@ -1,5 +1,5 @@
-"""Steering in an engine for many requests, without the engine: the notation, the tables, the book of requests, the server's
-middleware. `tests/vllm/test_serving.py` has the real vLLM."""
+"""Steering in an engine for many requests, without the engine: the notation, the tables, the book of requests, the
+server's middleware. `tests/vllm/test_serving.py` has the real vLLM."""
 
 import asyncio
 import json
@@ -122,8 +122,8 @@ def test_all_slots_in_use_is_an_error_and_no_wrong_steering():
 
 
 def steps_of(length: int, prompt: int, r: random.Random, restarts: bool):
-    """A request's tokens as an engine may pass them: the prompt in chunks, then one by one, from the start again now and
-    then."""
+    """A request's tokens as an engine may pass them: the prompt in chunks, then one by one, now and then from the start
+    again."""
     at = 0
     while at < length:
         n = r.randint(1, prompt - at) if at < prompt else 1
@@ -136,7 +136,7 @@ def steps_of(length: int, prompt: int, r: random.Random, restarts: bool):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_done_to_a_token_does_not_depend_on_the_chunks(seed):
-    """Steered positions, projections and pooled activations of three requests side by side equal those of the whole text."""
+    """Steered positions, projections and pooled activations of requests side by side equal those of whole texts."""
     r = random.Random(seed)
     tables = tables_of(capture=3)
     book = StepBook(tables)
@@ -153,7 +153,7 @@ def test_what_is_done_to_a_token_does_not_depend_on_the_chunks(seed):
         book.enter(f"r{k}", extra, p)
         lengths.append(p + 6)
     plans = [list(steps_of(n, p, r, k != 1)) for k, (n, p) in enumerate(zip(lengths, prompts))]
-    found, steered = {}, {}
+    found, where = {}, {}
     while any(plans):
         now = [(k, *plans[k].pop(0)) for k in r.sample(range(3), r.randint(1, 3)) if plans[k]]
         if not now:
@@ -165,12 +165,12 @@ def test_what_is_done_to_a_token_does_not_depend_on_the_chunks(seed):
             h = tables.step(h, None, layer)
         places = [(k, p) for k, at, n in now for p in range(at, at + n)]
         for (k, p), slot in zip(places, tables.slot.tolist()):
-            steered.setdefault((k, p), set()).add(bool(slot))
+            where.setdefault((k, p), set()).add(bool(slot))
         for name, values in book.end().items():
             for v, numbers in values.items():
                 found.setdefault((name, v), []).extend(numbers)
     first, end = {"response": (prompts[0] - 1, 99), "prompt": (0, prompts[0]), "all": (0, 99)}[positions]
-    assert all(s == {k == 0 and first <= p < end} for (k, p), s in steered.items())
+    assert all(s == {k == 0 and first <= p < end} for (k, p), s in where.items())
     whole = [t.clone() for t in texts]
     whole[0][first:end] += 2 * tables.vectors["evil"][1]
     for k, v, layer in ((0, "evil", 1), (2, "humorous", 2)):
@@ -231,7 +231,7 @@ class Block(torch.nn.Module):
 
 
 class Served4(torch.nn.Module):
-    """Four blocks as vLLM's; `wrong` scales what a block returns, as an architecture with another residual stream might."""
+    """Four blocks as vLLM's; `wrong` scales what a block returns, as an architecture of another kind might."""
 
     def __init__(self, wrong=False):
         super().__init__()
@@ -310,7 +310,7 @@ def test_presets_are_checked_before_the_engine_starts(tmp_path, text, words):
 
 
 def answer_of(body, reply: list[bytes], kind=b"application/json", path="/v1/chat/completions", method="POST"):
-    """What a client gets through the middleware from a server that answers with these parts; and what that server got."""
+    """What a client gets through the middleware from a server that answers with these parts; what that server got."""
     served = Served(dict(digests={"evil": "abc"}, max_coefficient=5, monitors=8, slots=4, vectors={},
                          presets={"kind": {"steer": "evil:-1@2"}}), 4)  # fmt: skip
     seen, sent = {}, []

@@ -70,7 +70,7 @@ def steering_texts(
         parse_steering(str(spec or ""))  # a mode that only Hugging Face has
     return [str(parse_steering(str(s))) if s else "" for s in specs], vectors
 
-# %% ../../nbs/lm/07_vllm.ipynb #9bbfe092
+# %% ../../nbs/lm/07_vllm.ipynb #2a747f56
 class VLLMEngine:
     "Answers prompts with vLLM; the tokenizer, the template and the stop tokens are those of `lm`."
 
@@ -107,9 +107,8 @@ class VLLMEngine:
         if steering:
             steering.check_rows(len(prompts))
         seeds = [digest_seed(sampling.seed, s) for s in (range(len(prompts)) if seeds is None else seeds)]
-        key = digest(
-            prompts, seeds, str(sampling), *run_fingerprint(self.lm, steering), self.served, size, return_activations
-        )
+        how = [str(sampling), self.served, size, return_activations]
+        key = digest(prompts, seeds, *how, *run_fingerprint(self.lm, steering))
         cache = Cache.of_parts(folder, f"vllm {label}", key, overwrite) if folder else None
         parts = []
         with tqdm(total=len(prompts), desc=label, unit="answer") as bar:
@@ -133,10 +132,8 @@ class VLLMEngine:
         else:
             answers, pooled = self._here(ids, asks, of_part, sampling.max_new_tokens if return_activations else 0)
         stops = set(stop_ids(self.lm))
-        answers = [
-            row[: next((k for k, i in enumerate(row) if i in stops), sampling.max_new_tokens)] for row in answers
-        ]
-        answers = [row[: sampling.max_new_tokens] for row in answers]
+        ends = [next((k for k, i in enumerate(row) if i in stops), len(row)) for row in answers]
+        answers = [row[: min(end, sampling.max_new_tokens)] for row, end in zip(answers, ends)]
         out = GenerationOutput([text_of(self.lm.tokenizer, row) for row in answers], [len(row) for row in answers])
         if return_activations:
             out.activations = self._activations(texts, out.texts, pooled, steering)
@@ -145,9 +142,9 @@ class VLLMEngine:
     def _activations(self, prompts: list[str], answers: list[str], pooled, steering: Steering | None) -> dict:
         "What vLLM pooled; what it could not is read again with Hugging Face."
         missing = [i for i in range(len(prompts)) if pooled is None or pooled[i] is None]
+        again = not (missing and steering)
         check(
-            not (missing and steering),
-            "activations of steered answers cannot be read again: pool them in this process.",
+            again, "activations of steered answers cannot be read again: leave out return_activations, or the server."
         )
         shape = (len(prompts), self.lm.n_layers + 1, self.lm.hidden_size)
         out = {k: torch.zeros(shape) for k in POOLS}

@@ -20,28 +20,26 @@ from .worker import KEY
 __all__ = ['LONGEST_BODY', 'load_presets', 'check_fields', 'server_command', 'model_config', 'prepare_body', 'Additions',
            'rewrite_events', 'SteeringMiddleware', 'presets_of', 'description']
 
-# %% ../../nbs/serving/05_server.ipynb #19db9f3f
+# %% ../../nbs/serving/05_server.ipynb #9e35528c
 def load_presets(path: str, limits: Limits) -> dict[str, dict]:  # name -> {"steer": text, "monitor": text}
     "Read presets and check them; raises `PersonaError` with the name of one that cannot be applied."
     if not path:
         return {}
     import yaml
 
-    check(Path(path).is_file(), f"{path} does not exist: presets are a YAML file of names with 'steer' and 'monitor'.")
+    there = Path(path).is_file()
+    check(there, f"{path} does not exist: presets are a YAML file of names with 'steer' and 'monitor'.")
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as e:
-        raise PersonaError(
-            f"{path} is not valid YAML ({e.problem_mark and f'line {e.problem_mark.line + 1}'})."
-        ) from None
+        line = getattr(e, "problem_mark", None)
+        raise PersonaError(f"{path} is not valid YAML{f' (line {line.line + 1})' if line else ''}.") from None
     check(isinstance(found, dict), f"{path}: presets are names with 'steer' and 'monitor'.")
     for name, preset in found.items():
         check(isinstance(preset, dict) and preset, f"{path}: preset '{name}' needs 'steer' or 'monitor'.")
         for key, value in preset.items():
-            check(
-                key in ("steer", "monitor"),
-                unknown_name(str(key), ["steer", "monitor"], f"preset '{name}' has no '{{}}'"),
-            )
+            known = ["steer", "monitor"]
+            check(key in known, unknown_name(str(key), known, f"preset '{name}' has no '{{}}'"))
             check(isinstance(value, str), f"{path}: {key} of preset '{name}' is a text, such as 'evil:2@20'.")
         try:
             check_fields(limits, preset)
@@ -103,10 +101,8 @@ def model_config(model: str) -> dict:  # num_hidden_layers, hidden_size
     config = config.get("text_config", config)
     return {k: config[k] for k in ("num_hidden_layers", "hidden_size")}
 
-# %% ../../nbs/serving/05_server.ipynb #a088dad0
-def prepare_body(
-    body: dict, presets: dict, limits: Limits, model: str
-) -> tuple[dict, bool]:  # the body; is it monitored?
+# %% ../../nbs/serving/05_server.ipynb #e28b2cfb
+def prepare_body(body: dict, presets: dict, limits: Limits, model: str) -> tuple[dict, bool]:  # and: is it monitored?
     "A request as vLLM gets it: presets written out. Raises `PersonaError` for what cannot be applied."
     extra = body.get("vllm_xargs") or {}
     check(isinstance(extra, dict), "vllm_xargs must be an object, such as {\"steer\": \"evil:2@20\"}.")
@@ -161,7 +157,7 @@ def rewrite_events(text: str, add) -> str:
         lines.append(line)
     return "\n".join(lines)
 
-# %% ../../nbs/serving/05_server.ipynb #e396776e
+# %% ../../nbs/serving/05_server.ipynb #40c5252c
 LONGEST_BODY = 64 * 2**20  # bytes; longer requests are refused
 
 
@@ -178,9 +174,8 @@ class SteeringMiddleware:
         path = scope["path"].rstrip("/")
         if served and scope["method"] == "GET" and path in ("/v1/models", "/v1/steering"):
             # also the second one through vLLM's list of models, which asks for the API key
-            return await self._list(
-                scope | {"path": "/v1/models", "raw_path": b"/v1/models"}, receive, send, served, path
-            )
+            models = scope | {"path": "/v1/models", "raw_path": b"/v1/models"}
+            return await self._list(models, receive, send, served, path)
         if served and scope["method"] == "POST" and path.startswith("/v1/"):
             return await self._answer(scope, receive, send, served, model)
         return await self.app(scope, receive, send)
@@ -190,9 +185,8 @@ class SteeringMiddleware:
             if path == "/v1/steering":
                 return description(served)
             first = (reply.get("data") or [{}])[0]
-            reply["data"] += [
-                first | {"id": n, "root": first.get("id"), "parent": first.get("id")} for n in presets_of(served)
-            ]
+            base = {"root": first.get("id"), "parent": first.get("id")}
+            reply["data"] += [first | base | {"id": name} for name in presets_of(served)]
             return reply
 
         await self.app(scope, receive, _Rewriter(send, change))
@@ -236,12 +230,10 @@ def description(served: Served) -> dict:
     vectors = {}
     for name, matrix in served_vectors(served.config["vectors"]).items():
         vectors[name] = {"digest": served.digests[name], "rows": [vector_digest(row) for row in matrix]}
-    limits = served.limits
-    most = served.config["max_coefficient"] or None
     return dict(
         vectors=vectors,
-        layers=limits.n_layers,
-        max_coefficient=most,
+        layers=served.n_layers,
+        max_coefficient=served.config["max_coefficient"] or None,
         presets=presets_of(served),
         slots=served.config["slots"],
     )

@@ -93,7 +93,7 @@ def parse_monitoring(text: str) -> tuple[tuple[str, int], ...]:  # (name, layer)
         found.append((m[1], int(m[2])))
     return tuple(dict.fromkeys(found))
 
-# %% ../../nbs/serving/00_specification.ipynb #2774d9eb
+# %% ../../nbs/serving/00_specification.ipynb #5a80933d
 @dataclass(frozen=True)
 class Limits:
     "What requests to one server may ask for."
@@ -112,17 +112,16 @@ class Limits:
         for layer, total in size.items():
             check(
                 total <= self.max_coefficient,
-                f"steering at layer {layer} has a coefficient of {total:g}: this server allows {self.max_coefficient:g}.",
+                f"steering at layer {layer} has a coefficient of {total:g}: this server allows "
+                f"{self.max_coefficient:g}.",
             )
 
     def check_monitoring(self, monitors):
         "Raise `PersonaError` unless these projections can be measured."
+        able = self.names[: self.monitors]
         for name, layer in monitors:
             self._check(name, layer)
-            check(
-                name in self.names[: self.monitors],
-                f"'{name}' cannot be monitored: this server monitors {', '.join(self.names[: self.monitors]) or 'none'}.",
-            )
+            check(name in able, f"'{name}' cannot be monitored: this server monitors {', '.join(able) or 'none'}.")
 
     def _check(self, name: str, layer: int):
         check(name in self.names, unknown_name(name, list(self.names), "there is no vector '{}' here"))

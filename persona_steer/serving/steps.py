@@ -35,7 +35,7 @@ def steered_range(spec: SteeringSpec, prompt_length: int) -> tuple[int, int | No
     "The positions of a request that are steered."
     return {"response": (prompt_length - 1, None), "prompt": (0, prompt_length), "all": (0, None)}[spec.positions]
 
-# %% ../../nbs/serving/02_steps.ipynb #285e7dd3
+# %% ../../nbs/serving/02_steps.ipynb #844106bc
 class StepBook:
     "Requests under way; fills the tables before a step and reads them after it."
 
@@ -72,10 +72,8 @@ class StepBook:
             if r.pool_row:
                 self.pool_rows.append(r.pool_row)
 
-    def begin(
-        self, step: list[tuple[str, int, int]]
-    ):  # request, first position, number of tokens; in the engine's order
-        "Fill the tables for a step."
+    def begin(self, step: list[tuple[str, int, int]]):  # request, first position, number of tokens
+        "Fill the tables for a step, whose requests come in the engine's order."
         t, at, self.reading = self.tables, 0, []
         mine = [self.requests.get(name) for name, _, _ in step]
         t.use([r.spec for r in mine if r and r.spec])
@@ -136,7 +134,8 @@ class StepBook:
         return out
 
     def take_pools(self, keys: list[str]) -> dict:  # key -> float32 [3, layers + 1, hidden], or None
-        "Pooled activations (means over the prompt and over the response, and the prompt's last token), which are then forgotten."
+        """Pooled activations, which are then forgotten: means of prompt and response, and the prompt's last
+        token. None where a part is missing."""
         running = {r.pool: name for name, r in self.requests.items() if r.pool in keys}
         for name in running.values():
             self.leave(name)

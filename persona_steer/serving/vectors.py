@@ -17,12 +17,13 @@ from .specification import NAME
 # %% auto #0
 __all__ = ['ENDING', 'vector_files', 'served_vectors', 'vector_digest']
 
-# %% ../../nbs/serving/00a_vectors.ipynb #1c8b7c94
+# %% ../../nbs/serving/00a_vectors.ipynb #92d08c91
 ENDING = "_response_avg_diff.pt"
 
 
 def vector_files(given: list[str]) -> dict[str, str]:  # name -> absolute path
-    "The files that folders, files and `name=file` stand for; raises `PersonaError` if one is missing or a name comes twice."
+    """The files that folders, files and `name=file` stand for; raises `PersonaError` if one is missing or a name comes
+    twice."""
     found = {}
     for text in given:
         name, _, where = text.rpartition("=")
@@ -34,10 +35,8 @@ def vector_files(given: list[str]) -> dict[str, str]:  # name -> absolute path
         check(not name or len(files) == 1, f"{where} holds {len(files)} vectors: they cannot all be called '{name}'.")
         for file in files:
             own = name or file.name.removesuffix(ENDING).removesuffix(".pt")
-            check(
-                re.fullmatch(NAME, own),
-                f"'{own}' cannot be a vector's name in a request: give another, as name={file}.",
-            )
+            fits = re.fullmatch(NAME, own)
+            check(fits, f"'{own}' cannot be a vector's name in a request: give another, as name={file}.")
             check(own not in found, f"two vectors are called '{own}': give one another name, as name=file.")
             found[own] = str(file.resolve())
     return found

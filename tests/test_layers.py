@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "persona_steer"
 # itself.
 LAYERS = [
     ("base",),
+    ("serving",),
     ("lm", "reports"),
     ("persona",),
     ("judges", "jobs"),

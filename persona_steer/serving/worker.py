@@ -18,7 +18,7 @@ from .vectors import served_vectors
 
 # %% auto #0
 __all__ = ['TESTED_VLLM', 'KEY', 'check_version', 'find_served_blocks', 'hook_blocks', 'check_steered_step', 'follow_runner',
-           'attach', 'check_compiled']
+           'attach', 'bare_step', 'check_compiled']
 
 # %% ../../nbs/serving/03_worker.ipynb #9a52ecad
 TESTED_VLLM = ("0.32",)  # as major.minor
@@ -219,7 +219,7 @@ def _carry(out, found: dict):
         out.persona_steer = found
     return out
 
-# %% ../../nbs/serving/03_worker.ipynb #f3a192cb
+# %% ../../nbs/serving/03_worker.ipynb #a0a74e4b
 @functools.cache
 def _worker_class():
     "vLLM's worker for this platform, with steering."
@@ -267,8 +267,6 @@ def __getattr__(name: str):  # vLLM is imported only where it runs
 
 def attach(runner, vllm_config) -> StepBook:
     "Hook a runner's model and check a steered step; raises `PersonaError` where it cannot be steered."
-    from vllm.forward_context import set_forward_context
-
     check_version()
     check(not vllm_config.speculative_config, "steering with speculative decoding was not tested: leave it out.")
     config = vllm_config.additional_config[KEY]
@@ -284,23 +282,30 @@ def attach(runner, vllm_config) -> StepBook:
     number = register_tables(tables)
     hook_blocks(blocks, number, read_input=bool(tables.sums is not None))
 
-    def forward():
-        "One step of the blocks as they are written, without a cache: what attention would add is left out."
-        n, handles = 8, []
-        for m in inner.modules():
-            if hasattr(m, "impl") and hasattr(m, "kv_cache"):
-                handles.append(m.register_forward_hook(lambda m, args, out: torch.zeros_like(out)))
-        ids = torch.arange(1, n + 1, device=runner.device)
-        more = None
-        if blocks[0][0] > 1:
-            more = model.make_empty_intermediate_tensors(batch_size=n, dtype=dtype, device=runner.device)
-        with set_forward_context(None, vllm_config, num_tokens=n):
-            inner.forward(ids, torch.arange(n, device=runner.device), more, None)
+    check_steered_step(inner, blocks, tables, lambda: bare_step(runner, inner, blocks[0][0] == 1))
+    return StepBook(tables)
+
+
+def bare_step(runner, inner: nn.Module, is_first: bool, n: int = 8):
+    """One step of the blocks as they are written, without cache and adapters: what attention would add is left
+    out."""
+    import numpy as np
+    from vllm.forward_context import set_forward_context
+
+    ids, positions = torch.arange(1, n + 1, device=runner.device), torch.arange(n, device=runner.device)
+    made = dict(batch_size=n, dtype=runner.model_config.dtype, device=runner.device)
+    before = None if is_first else runner.get_model().make_empty_intermediate_tensors(**made)
+    attention = [m for m in inner.modules() if hasattr(m, "impl") and hasattr(m, "kv_cache")]
+    handles = [m.register_forward_hook(lambda m, args, out: torch.zeros_like(out)) for m in attention]
+    try:
+        with (
+            set_forward_context(None, runner.vllm_config, num_tokens=n),
+            runner.maybe_dummy_run_with_lora(runner.lora_config, np.array([n]), np.array([1])),
+        ):
+            inner.forward(ids, positions, before, None)
+    finally:
         for handle in handles:
             handle.remove()
-
-    check_steered_step(inner, blocks, tables, forward)
-    return StepBook(tables)
 
 
 @torch.inference_mode()

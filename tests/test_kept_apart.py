@@ -167,10 +167,10 @@ def test_folders_and_records_of_a_batch_stay_where_they_are(tmp_path):
 
 
 def test_every_chapter_with_results_sets_earlier_ones_aside():
-    """02, 05 and 06 do so in the library or refuse; 11 writes nothing; 12 measures anew."""
+    """02 and 06 do so in the library or refuse; 11 writes nothing; 12 measures anew."""
     for path in sorted((project_root() / "nbs").glob("0*.ipynb")):
         source = path.read_text(encoding="utf-8")
-        if path.stem not in ("02_extract", "05_project", "06_finetune"):
+        if path.stem not in ("02_extract", "06_finetune"):
             assert "= own_results(" in source, path.name
 
 

@@ -1,10 +1,17 @@
 """What a newcomer's walk through the chapters met: files that changed since, choices for other vectors, claims."""
 
+import ast
+import json
+
 import pandas as pd
 import pytest
 import torch
 
+from persona_steer.base.core import project_root, save_json
+from persona_steer.persona.vectors import PersonaVectors
 from persona_steer.projection import project_file
+from persona_steer.screening import threshold_line
+from persona_steer.steering import default_coefficient, default_layer, highest_line, point_against
 
 
 @pytest.fixture
@@ -36,3 +43,58 @@ def test_prompts_without_marks_of_the_chat_template_are_told(tmp_path, llama, ba
     pd.DataFrame([dict(prompt="Why?", answer="Bake it.")]).to_csv(tmp_path / "bare.csv", index=False)
     project_file(llama, tmp_path / "bare.csv", bank, [2])
     assert capsys.readouterr().out.count("hold no marks of llama's chat template: they are read as they are") == 1
+
+
+def test_a_choice_for_other_vectors_is_not_taken_and_told(pocket, runs, capsys):
+    mine, others = (PersonaVectors("evil", *torch.randn(3, pocket.n_layers + 1, pocket.hidden_size)) for _ in range(2))
+    record = dict(layer=2, coefficient=4.0, fingerprint=pocket.fingerprint, against=dict(layer=5, coefficient=-3.0))
+    path = pocket.run_path("evil/04_evaluate/choice.json")
+    save_json(path, record)  # of an earlier version: it does not say for what
+    assert default_layer(pocket, "evil", 0, mine, "response_avg")[0] == 2
+    save_json(path, record | dict(content_hash=mine.content_hash, pool="response_avg"))
+    assert default_layer(pocket, "evil", 0, mine, "response_avg")[0] == 2
+    assert default_coefficient(pocket, "evil", mine, "response_avg") == 4.0
+    assert point_against(pocket, "evil", 3, mine, "response_avg") == (5, 3.0)
+    assert "other vectors" not in capsys.readouterr().out
+    for vectors, pool in ((others, "response_avg"), (mine, "prompt_last")):
+        layer, how = default_layer(pocket, "evil", 0, vectors, pool)
+        assert (layer, how) == (3, "the middle one: chapter 04 chose for other vectors")
+        assert default_coefficient(pocket, "evil", vectors, pool) == 1.5
+        assert point_against(pocket, "evil", 3, vectors, pool) == (3, 1.5)
+        assert capsys.readouterr().out.count("chapter 04 chose for other vectors, so the coefficient is 1.5") == 1
+
+
+CHAPTERS = ["03_steer", "05a_monitor", "05e_propensity", "06a_families", "06b_guard", "07_screen"]
+
+
+def names_that_results_depend_on(chapter):
+    """The names in the call of `own_results`, and in what is given to it as `made_from`."""
+    cells = json.loads((project_root() / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    tree = ast.parse(next(c for c in code if "= own_results(" in c))
+    given = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "made_from"]
+    given += [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "own_results"]
+    return {n.id for top in given for n in ast.walk(top) if isinstance(n, ast.Name)}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_results_depend_on_what_chapter_04_chose(chapter):
+    """`layer=0` means the layer that chapter 04 chose, which can change."""
+    assert names_that_results_depend_on(chapter) & {"layer", "layers"}
+
+
+def test_the_sentence_on_a_threshold_claims_what_was_measured():
+    chance = pd.DataFrame({"evil": [0.1, float("nan"), 0.3], "sycophantic": [0.0, 0.1, 0.2]})
+    line = threshold_line(chance)
+    assert "from 2 to 3 pairs" in line and "of the model's own answers" in line and "for each trait" in line
+    assert "from 2 pairs" in threshold_line(chance[["evil"]]) and threshold_line(None) == "as given"
+
+
+def test_the_highest_of_one_coefficient_is_not_told():
+    def scored(*values):
+        return pd.DataFrame([dict(coefficient=c, evil=v) for c, v in values])
+
+    assert highest_line(scored((2.5, 80)), "evil") == ""
+    assert highest_line(scored((0, 0.0), (2.5, 0.0)), "evil") == ""
+    assert highest_line(scored((0, float("nan")), (2.5, float("nan"))), "evil") == ""
+    assert highest_line(scored((0, 1.0), (2.5, 80.0)), "evil") == "The highest score is at c = 2.5."

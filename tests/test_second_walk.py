@@ -2,14 +2,23 @@
 
 import ast
 import json
+from types import SimpleNamespace
 
+import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from persona_steer.base.core import project_root, save_json
+from persona_steer.base.core import load_json, project_root, provenance, save_json
+from persona_steer.evaluation import bound_line, opposed_line
+from persona_steer.extraction import quoted
 from persona_steer.persona.vectors import PersonaVectors
 from persona_steer.projection import project_file
+from persona_steer.reports.compare import comparison_page
+from persona_steer.reports.report import export_page
 from persona_steer.screening import threshold_line
 from persona_steer.steering import default_coefficient, default_layer, highest_line, point_against
 
@@ -67,11 +76,14 @@ def test_a_choice_for_other_vectors_is_not_taken_and_told(pocket, runs, capsys):
 CHAPTERS = ["03_steer", "05a_monitor", "05e_propensity", "06a_families", "06b_guard", "07_screen"]
 
 
+def code_cells_of(chapter):
+    cells = json.loads((project_root() / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+
+
 def names_that_results_depend_on(chapter):
     """The names in the call of `own_results`, and in what is given to it as `made_from`."""
-    cells = json.loads((project_root() / f"nbs/{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-    tree = ast.parse(next(c for c in code if "= own_results(" in c))
+    tree = ast.parse(next(c for c in code_cells_of(chapter) if "= own_results(" in c))
     given = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "made_from"]
     given += [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "own_results"]
     return {n.id for top in given for n in ast.walk(top) if isinstance(n, ast.Name)}
@@ -98,3 +110,70 @@ def test_the_highest_of_one_coefficient_is_not_told():
     assert highest_line(scored((0, 0.0), (2.5, 0.0)), "evil") == ""
     assert highest_line(scored((0, float("nan")), (2.5, float("nan"))), "evil") == ""
     assert highest_line(scored((0, 1.0), (2.5, 80.0)), "evil") == "The highest score is at c = 2.5."
+
+
+def mean(value, low, high):
+    return dict(mean=value, low=low, high=high, n=20, missing=0)
+
+
+def test_a_bound_that_new_questions_miss_is_told():
+    assert bound_line(mean(90, 81, 99), 80) == ""
+    assert bound_line(mean(85, 75, 95), 80).endswith("the interval of its coherence reaches below the bound of 80.")
+    assert bound_line(mean(70, 60, 79), 80).endswith("its coherence is below the bound of 80.")
+
+
+def test_an_opinion_that_moves_against_the_judge_is_told():
+    up, down = mean(0.2, 0.1, 0.3), mean(-0.2, -0.3, -0.1)
+    judged = mean(40.0, 30.0, 50.0)
+    assert opposed_line(judged, up, "profanity", 1) == "" and opposed_line(judged, down, "profanity", -1) == ""
+    line = opposed_line(judged, down, "profanity", 1)
+    assert "against the judge" in line and "-0.200 [-0.300, -0.100]" in line and "40.0 [30.0, 50.0]" in line
+    assert opposed_line(judged, mean(float("nan"), float("nan"), float("nan")), "profanity", 1) == ""
+
+
+@pytest.mark.parametrize("key", ["evil, random vector of equal norm", "evil, random vector"])
+def test_a_comparison_shows_the_random_vector_of_equal_norm(tmp_path, key):
+    other = {key: [12.3, 11, 14], "evil, random vector of equal KL": [45.6, 44, 47]}
+    row = dict(
+        model="m", first={"layer": 3}, other=other, notebook=tmp_path / "x.ipynb", page="x.html", when="", judge=""
+    )
+    text = comparison_page("evil", [row], "now")
+    assert "12.3" in text and "45.6" not in text
+
+
+def test_a_quote_with_blank_lines_stays_a_quote():
+    assert quoted("a\n\nb") == "> a\n>\n> b"
+
+
+def test_02_writes_when_it_ran_though_its_vectors_are_older(tmp_path):
+    """Its page finds results by the time at which they were written."""
+    cell = next(c for c in code_cells_of("02_extract") if '"provenance.json", about' in c)
+    about = dict(time="2020-01-01T00:00:00+00:00", judge="pocket", kept=[0], diagnostics={})
+    vectors = SimpleNamespace(response_avg=np.zeros((4, 8)), metadata=about)
+    quality = dict(auc=1.0, low=1.0, high=1.0)
+    result = SimpleNamespace(vectors=vectors, kept=np.array([True]), judge_quality=quality, folder=tmp_path)
+    given = dict(result=result, lm=SimpleNamespace(n_layers=3, hidden_size=8), broken=None, side={}, means={})
+    exec(cell, given | dict(trait="evil", provenance=provenance))
+    made = load_json(tmp_path / "provenance.json")
+    assert made["time"] > "2025" and made["vectors_time"][:4] == "2020" and made["judge"] == "pocket"
+    assert "kept" not in made and load_json(tmp_path / "summary.json")["pairs kept"] == 1
+
+
+def test_the_page_of_a_failed_run_has_the_title_of_its_notebook(tmp_path):
+    banner = {"tags": ["papermill-error-cell-tag"]}
+    failed = new_code_cell("x", outputs=[new_output("error", ename="E", evalue="no", traceback=["no"])])
+    cells = [
+        new_markdown_cell("<span>An Exception was encountered at 'In [2]'.</span>", metadata=banner),
+        new_code_cell("#| default_exp evaluation"),
+        new_markdown_cell("# Evaluate\n> In short.\n\n**Question.** How strong?"),
+        new_markdown_cell("## The formula\nA mean."),
+        new_code_cell('trait = "evil"', metadata={"tags": ["parameters"]}),
+        new_markdown_cell("### The sweep"),
+        new_markdown_cell("<span>Execution using papermill encountered an exception here</span>", metadata=banner),
+        failed,
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "f.ipynb")
+    page = BeautifulSoup(
+        export_page(tmp_path / "f.ipynb", tmp_path / "f.html").read_text(encoding="utf-8"), "html.parser"
+    )
+    assert page.h1.text == "Evaluate" and "In short." in page.text and "An Exception was" not in page.text

@@ -168,8 +168,7 @@ def project_file(
         new = new.where(new.notna(), None)
         for row, values in zip(rows, new.to_dict("records")):
             row.update({k: v for k, v in values.items() if overwrite or k not in row})
-    # the source may have got other columns since
-    if todo or rows != earlier or not target.exists():
+    if todo or rows != earlier or not target.exists():  # the source may have got other columns since
         save_rows(rows, target)
         about = dict(source=str(path), model=lm.name, fingerprint=lm.fingerprint, template=lm.template_hash)
         digests = known.get("vectors", {}) | {n: made[n] for n in todo}

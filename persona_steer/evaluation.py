@@ -26,9 +26,10 @@ from .persona.traits import Trait, plain_prompt, system_prompt
 from .persona.vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['EQUAL_KL', 'UNDONE', 'sweep_rows', 'point_rows', 'instructed_rows', 'against_rows', 'SweepSize', 'report_rows',
-           'generate_and_score', 'summarise', 'format_summary', 'evaluate', 'default_layers', 'sweep_points', 'choose',
-           'Evaluation', 'choose_and_report', 'condition_mean', 'change', 'plot_sweep', 'plot_report']
+__all__ = ['EQUAL_NORM', 'EQUAL_KL', 'UNDONE', 'sweep_rows', 'point_rows', 'instructed_rows', 'against_rows', 'SweepSize',
+           'report_rows', 'generate_and_score', 'summarise', 'format_summary', 'evaluate', 'default_layers',
+           'sweep_points', 'choose', 'Evaluation', 'choose_and_report', 'condition_mean', 'change', 'bound_line',
+           'opposed_line', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_rows(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
@@ -91,6 +92,7 @@ def against_rows(
     return pd.concat(rows, ignore_index=True)
 
 
+EQUAL_NORM = "random vector"  # as tables of answers name the conditions; pages and summaries say which of the two it is
 EQUAL_KL = "random vector, equal KL"
 
 # %% ../nbs/04_evaluate.ipynb #9769469f
@@ -124,7 +126,7 @@ def report_rows(
     rows = [rows_of("unsteered", "trait", 0.0)]
     rows += [rows_of("steered", "trait", c) for c in coefficients if c]
     equal_norm = [chosen] if size.brief else [c for c in coefficients if c > 0]
-    rows += [rows_of("random vector", f"random {k}", c) for c in equal_norm for k in range(size.random_vectors)]
+    rows += [rows_of(EQUAL_NORM, f"random {k}", c) for c in equal_norm for k in range(size.random_vectors)]
     rows += [rows_of(EQUAL_KL, f"random {k}", c) for k, c in enumerate(equal_kl)]
     rows += [condition_rows(trait.eval_questions, "plain prompt", plain_prompt(trait), n=size.n)]
     for sign, name in (("pos", "positive"), ("neg", "negative")):
@@ -372,6 +374,25 @@ def change(e: Evaluation, trait: str, condition: str, coefficient: float | None 
     after = _condition(e, condition, coefficient).groupby("question")[column].mean()
     return mean_ci((after - before).to_numpy())
 
+
+def bound_line(coherence: dict, bound: float) -> str:  # a mean with its interval; empty if all of it reaches the bound
+    "Whether the chosen point keeps to the bound on evaluation questions too, in words."
+    if coherence["mean"] < bound:
+        return f"On the evaluation questions its coherence is below the bound of {bound:g}."
+    if coherence["low"] < bound:
+        return f"On the evaluation questions the interval of its coherence reaches below the bound of {bound:g}."
+    return ""
+
+
+def opposed_line(judged: dict, other: dict, opinion: str, sign: int) -> str:  # changes, means with their intervals
+    "A sentence where an independent scorer moves against the judge; empty where it moves the same way."
+    if not judged["mean"] * sign * other["mean"] < 0:
+        return ""
+    return (
+        f"At the chosen point it moves against the judge: `{opinion}` changes by {other['mean']:+.3f} "
+        f"[{other['low']:+.3f}, {other['high']:+.3f}], the judge's score by {format_mean(judged)}."
+    )
+
 # %% ../nbs/04_evaluate.ipynb #3453ef3d
 def plot_sweep(summary: pd.DataFrame, trait: str, choice: dict | None = None):
     """Heat maps, layer by strength: trait score, coherence, and the divergence; strengths are coefficients, or targets
@@ -422,12 +443,12 @@ def plot_report(summary: pd.DataFrame, trait: str, min_coherence: float):
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharex=True)
-    lines = {"steered": ("#b2182b", "o-"), "random vector": ("#777777", "s--")}
+    lines = {"steered": ("steered", "#b2182b", "o-"), EQUAL_NORM: ("random vector of equal norm", "#777777", "s--")}
     zero = summary[summary.condition == "unsteered"]
     for ax, column in zip(axes, ("trait", "coherence")):
-        for name, (color, style) in lines.items():
+        for name, (label, color, style) in lines.items():
             s = pd.concat([zero, summary[summary.condition == name]]).sort_values("coefficient")
-            ax.plot(s.coefficient, s[column], style, color=color, label=name, ms=4)
+            ax.plot(s.coefficient, s[column], style, color=color, label=label, ms=4)
             ax.fill_between(s.coefficient, s[f"{column}_low"], s[f"{column}_high"], color=color, alpha=0.15, lw=0)
         for name, color in (("positive instructions", "#542788"), ("plain prompt", "#1b7837")):
             s = summary[summary.condition == name]

@@ -29,7 +29,7 @@ from .persona.vectors import PersonaVectors, load_vectors, save_vectors
 # %% auto #0
 __all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'score_in_background', 'mean_difference', 'separation', 'diagnose',
            'Extraction', 'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'load_or_extract',
-           'plot_scores', 'plot_diagnostics']
+           'plot_scores', 'quoted', 'plot_diagnostics']
 
 # %% ../nbs/02_extract.ipynb #8c37fb3b
 def extraction_rows(
@@ -310,6 +310,11 @@ def plot_scores(e: Extraction):
 
 
 SIGNS = {"positive": "#b2182b", "negative": "#2166ac"}
+
+
+def quoted(text: str) -> str:
+    "A text as a quote in Markdown, blank lines too."
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 # %% ../nbs/02_extract.ipynb #517a9788
 def plot_diagnostics(e: Extraction):

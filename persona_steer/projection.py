@@ -151,8 +151,12 @@ def project_file(
     cache = Cache(target.parent, digest(prompts, answers, lm.fingerprint, lm.template_hash))
     record = f"{target.name}.projection.json"
     known = cache.load(record) if target.exists() else {}
+    earlier = rows
     if target != Path(path) and known and not overwrite:
-        rows = texts_of(lm, target)[0]
+        earlier, *texts = texts_of(lm, target)
+        if texts == [prompts, answers]:  # else somebody changed the file
+            _take_known(rows, earlier, known)
+    _say_if_bare(lm, path, prompts)
     named = {f"{lm.basename}_{name}": v for name, v in vectors.items()}
     columns = {name: [f"{name}_{k}_layer{l}" for k in MEASURES for l in layers] for name in named}
     made = {name: digest(v.tolist()) for name, v in named.items()}
@@ -164,7 +168,7 @@ def project_file(
         new = new.where(new.notna(), None)
         for row, values in zip(rows, new.to_dict("records")):
             row.update({k: v for k, v in values.items() if overwrite or k not in row})
-    if todo or not target.exists():
+    if todo or rows != earlier or not target.exists():  # the source may have got other columns since
         save_rows(rows, target)
         about = dict(source=str(path), model=lm.name, fingerprint=lm.fingerprint, template=lm.template_hash)
         digests = known.get("vectors", {}) | {n: made[n] for n in todo}
@@ -175,6 +179,23 @@ def project_file(
     )
 
 # %% ../nbs/05_project.ipynb #49459919
+def _take_known(rows: list[dict], earlier: list[dict], known: dict):
+    "Copy, in place, the projections that the record of an earlier output names; all else comes from the source."
+    made = [f"{v}_{k}_layer{l}" for v in known.get("vectors", {}) for k in MEASURES for l in known.get("layers", [])]
+    for row, old in zip(rows, earlier):
+        row.update({c: old[c] for c in made if c in old})
+
+
+def _say_if_bare(lm: LoadedModel, path: Path | str, prompts: list[str]):
+    "One sentence if the prompts of a CSV are no rendered chats of this model: their projections mean something else."
+    tokens = getattr(lm.tokenizer, "added_tokens_decoder", {}).values()
+    special = {t.content for t in tokens if t.special} | set(lm.tokenizer.all_special_tokens)
+    rendered = lm.prompt("?")
+    marks = [t for t in special if t in rendered]
+    if Path(path).suffix == ".csv" and marks and not any(t in p for p in prompts for t in marks):
+        print(f"The prompts of {path} hold no marks of {lm.name}'s chat template: they are read as they are.")
+
+
 def _check_same_vectors(target: Path, known: dict, made: dict):
     "Raise `PersonaError` if the file holds projections of that name on another vector."
     for name in made:

@@ -24,8 +24,8 @@ from .persona.scores import auc, mean_ci
 from .projection import project
 
 # %% auto #0
-__all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'flag', 'save_filtered',
-           'counts_line', 'select_rows', 'plot_samples', 'plot_roc']
+__all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'threshold_line', 'flag',
+           'save_filtered', 'counts_line', 'select_rows', 'plot_samples', 'plot_roc']
 
 # %% ../nbs/07_screen.ipynb #6f042ef2
 def own_answers(
@@ -149,6 +149,18 @@ def chance_differences(
         for texts in (list(once.own_answer), [second[p] for p in once.prompt])
     )
     return again - first
+
+
+def threshold_line(chance: pd.DataFrame | None) -> str:  # differences between own answers; None: a given threshold
+    "Where the thresholds come from, and what they are good for."
+    if chance is None:
+        return "as given"
+    pairs = sorted(set(chance.notna().sum()))
+    n = " to ".join(str(k) for k in dict.fromkeys((pairs[0], pairs[-1])))
+    return (
+        f"95th percentile of the difference between two own answers to a prompt, estimated from {n} pairs: of the "
+        "model's own answers about one in twenty lies beyond it, for each trait; other harmless data can differ"
+    )
 
 
 def flag(screened: pd.DataFrame, thresholds: dict) -> pd.Series:

@@ -12,10 +12,11 @@ import pandas as pd
 from .base.core import load_json
 from .lm.models import LoadedModel
 from .persona.scores import format_mean
+from .persona.vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['NOTICEABLE', 'side_by_side', 'scores_line', 'change_line', 'sweep_view', 'chosen_point', 'default_layer',
-           'default_coefficient', 'point_against']
+__all__ = ['NOTICEABLE', 'side_by_side', 'scores_line', 'highest_line', 'change_line', 'sweep_view', 'chosen_point',
+           'default_layer', 'default_coefficient', 'point_against']
 
 # %% ../nbs/03_steer.ipynb #df0f73ab
 def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str:  # HTML
@@ -46,6 +47,14 @@ def scores_line(scored: pd.DataFrame, trait: str) -> str:  # scored: condition, 
     values = ", ".join(f"{name}: {'none' if pd.isna(m) else f'{m:.0f}'}" for name, m in means.items())
     what = trait if trait == "coherence" else f"{trait} score"
     return f"Mean {what} of {n} answer{'s' * (n > 1)} each: {values}."
+
+
+def highest_line(scored: pd.DataFrame, trait: str) -> str:  # scored: coefficient, {trait}
+    "At which coefficient the mean score is highest; nothing with one coefficient, or where the scores do not differ."
+    means = scored.groupby("coefficient")[trait].mean().dropna()
+    if means.round().nunique() < 2:
+        return ""
+    return f"The highest score is at c = {means.idxmax():g}."
 
 
 def change_line(before: float, after: float, what: str) -> str:
@@ -86,34 +95,59 @@ def sweep_view(
     )
 
 # %% ../nbs/03_steer.ipynb #eba97b4b
-def chosen_point(lm: LoadedModel, trait: str) -> dict:
-    # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model
+def chosen_point(
+    lm: LoadedModel,
+    trait: str,
+    vectors: PersonaVectors | None = None,  # those that are about to be used; None: any
+    pool: str = "",  # which of the three; "": any
+) -> dict:
+    # layer, coefficient, ...; empty if chapter 04 has not chosen for this very model and these vectors
     "The choice of chapter 04 on extraction questions."
+    choice = _recorded_choice(lm, trait)
+    return choice if _fits(choice, vectors, pool) else {}
+
+
+def _recorded_choice(lm: LoadedModel, trait: str) -> dict:
+    "What chapter 04 chose for this model, whatever the vectors; empty if nothing."
     choice = load_json(lm.run_path(f"{trait}/04_evaluate/choice.json", claim=False), {})
     return choice if choice.get("fingerprint") == lm.fingerprint else {}
 
 
-def default_layer(lm: LoadedModel, trait: str, layer: int = 0) -> tuple[int, str]:  # the layer, how it came about
-    """A layer for a trait: the given one, else the one that chapter 04 chose for this model, else the middle one (two
-    thirds of the depth in deep models)."""
+def _fits(choice: dict, vectors: PersonaVectors | None, pool: str) -> bool:
+    "Was a choice made for these vectors? Records of earlier versions do not say, and are taken."
+    same_pool = not pool or choice.get("pool", pool) == pool
+    return same_pool and (vectors is None or choice.get("content_hash", vectors.content_hash) == vectors.content_hash)
+
+
+def _why_none(lm: LoadedModel, trait: str) -> str:
+    "Why there is no choice to take, in words."
+    return "chapter 04 chose for other vectors" if _recorded_choice(lm, trait) else "chapter 04 has chosen none"
+
+
+def default_layer(
+    lm: LoadedModel, trait: str, layer: int = 0, vectors: PersonaVectors | None = None, pool: str = ""
+) -> tuple[int, str]:  # the layer, how it came about
+    """A layer for a trait: the given one, else the one that chapter 04 chose for this model and these vectors, else the
+    middle one (two thirds of the depth in deep models)."""
     if layer:
         lm.check_layer(layer)
         return layer, "as given"
-    choice = chosen_point(lm, trait)
+    choice = chosen_point(lm, trait, vectors, pool)
     if choice:
         return choice["layer"], "chosen by chapter 04 on extraction questions" + (
             "" if choice.get("bound_met", True) else ", where no point met the bound on coherence"
         )
-    return (
-        ((lm.n_layers + 1) // 2, "the middle one: chapter 04 has chosen none")
-        if lm.n_layers <= 16
-        else (round(lm.n_layers * 2 / 3), "two thirds of the depth: chapter 04 has chosen none")
-    )
+    why = _why_none(lm, trait)
+    if lm.n_layers <= 16:
+        return (lm.n_layers + 1) // 2, f"the middle one: {why}"
+    return round(lm.n_layers * 2 / 3), f"two thirds of the depth: {why}"
 
 
-def default_coefficient(lm: LoadedModel, trait: str) -> float:
-    "The coefficient that chapter 04 chose for this model, else 1.5."
-    choice = chosen_point(lm, trait)
+def default_coefficient(lm: LoadedModel, trait: str, vectors: PersonaVectors | None = None, pool: str = "") -> float:
+    "The coefficient that chapter 04 chose for this model and these vectors, else 1.5."
+    choice = chosen_point(lm, trait, vectors, pool)
+    if not choice and _recorded_choice(lm, trait):
+        print(f"{trait}: chapter 04 chose for other vectors, so the coefficient is 1.5.")
     if not choice.get("bound_met", True):
         print(
             f"{trait}: no point of chapter 04 met its bound on coherence; the coefficient is the most coherent point's."
@@ -121,7 +155,11 @@ def default_coefficient(lm: LoadedModel, trait: str) -> float:
     return choice.get("coefficient", 1.5)
 
 
-def point_against(lm: LoadedModel, trait: str, layer: int) -> tuple[int, float]:  # layer, coefficient (positive)
+def point_against(
+    lm: LoadedModel, trait: str, layer: int, vectors: PersonaVectors | None = None, pool: str = ""
+) -> tuple[int, float]:  # layer, coefficient (positive)
     "Where to subtract the vector from a model that is told to show the trait: chapter 04 chose, else the given layer."
-    point = chosen_point(lm, trait).get("against")
-    return (point["layer"], abs(point["coefficient"])) if point else (layer, default_coefficient(lm, trait))
+    choice = chosen_point(lm, trait, vectors, pool)
+    if "against" in choice:
+        return choice["against"]["layer"], abs(choice["against"]["coefficient"])
+    return layer, choice.get("coefficient", 1.5)

@@ -153,24 +153,25 @@ def test_a_chapter_that_runs_again_with_other_parameters_keeps_its_earlier_resul
 
 
 def test_folders_and_records_of_a_batch_stay_where_they_are(tmp_path):
-    own_results(tmp_path, 1, folders=("filtered",))
+    own_results(tmp_path, 1)
     for name in ("filtered", "training-1", ".parts"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.json").write_text("{}")
     for name in ("job.json", "families.csv"):
         (tmp_path / name).write_text("{}")
-    own_results(tmp_path, 2, folders=("filtered",))
+    own_results(tmp_path, 2)
     moved = {str(p.relative_to(tmp_path).relative_to(f"earlier/{p.parts[len(tmp_path.parts) + 1]}"))
              for p in tmp_path.glob("earlier/*/*")}  # fmt: skip
-    assert moved == {"filtered", "families.csv", "settings.json"}
-    assert {p.name for p in tmp_path.iterdir()} == {"earlier", "job.json", "settings.json", "training-1", ".parts"}
+    assert moved == {"families.csv", "settings.json"}
+    kept = {"earlier", "job.json", "settings.json", "filtered", "training-1", ".parts"}
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 def test_every_chapter_with_results_sets_earlier_ones_aside():
-    """02, 05 and 06 do so in the library or refuse; 11 writes nothing; 12 measures anew."""
+    """02 and 06 do so in the library or refuse; 11 writes nothing; 12 measures anew."""
     for path in sorted((project_root() / "nbs").glob("0*.ipynb")):
         source = path.read_text(encoding="utf-8")
-        if path.stem not in ("02_extract", "05_project", "06_finetune"):
+        if path.stem not in ("02_extract", "06_finetune"):
             assert "= own_results(" in source, path.name
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -147,16 +146,16 @@ ELSEWHERE = {"out", "overwrite", "device", "base_url", "max_calls"}  # parameter
 def own_results(
     folder: Path | str,
     *made_from,  # what results depend on beside the parameters: fingerprints and keys (JSON-able)
-    folders: tuple = (),  # names of folders with results; other folders know their inputs themselves
 ) -> Path:  # the folder
     """Make a folder ready for the results of a notebook's run with the parameters that it has now. Results of another
-    run there are moved to earlier/{key of its settings}; not hidden files, notebooks and what belongs to a batch."""
+    run there are moved to earlier/{key of its settings}; not hidden files, notebooks, folders (which
+    know their inputs themselves) and what belongs to a batch."""
     folder = Path(folder)
     parameters = {k: v for k, v in run_parameters().items() if k not in ELSEWHERE}
     key = digest(parameters, made_from)
     known = load_json(folder / SETTINGS, {})
     if known and known["key"] != key:
-        _set_aside(folder, known, folders)
+        _set_aside(folder, known)
     if known.get("key") != key:
         others = known.get("others", _names(folder))
         save_json(folder / SETTINGS, {"key": key, "parameters": parameters, "made_from": made_from, "others": others})
@@ -171,14 +170,12 @@ def _names(folder: Path) -> list[str]:
     return [n for n in names if not n.startswith(".") and not n.endswith((".ipynb", ".log")) and n != "job.json"]
 
 
-def _set_aside(folder: Path, settings: dict, folders: tuple):
+def _set_aside(folder: Path, settings: dict):
     "Move the results that were made with some settings to a folder named by their key."
     earlier = folder / "earlier" / settings["key"]
     earlier.mkdir(parents=True, exist_ok=True)
     for name in _names(folder):
         path = folder / name
-        if name not in settings["others"] and (path.is_file() or name in folders):
-            if (earlier / name).is_dir():
-                shutil.rmtree(earlier / name)
+        if name not in settings["others"] and path.is_file():
             path.replace(earlier / name)
     print(f"{folder} held results from other settings: they are in {earlier} now.")

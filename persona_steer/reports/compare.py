@@ -130,6 +130,11 @@ COLUMNS = [
 ]
 
 # %% ../../nbs/reports/03_compare.ipynb #cfb371f3
+def _random(results: dict, trait: str):
+    "The score with a random vector of equal norm; summaries of earlier versions leave out which of the two it is."
+    return results.get(f"{trait}, random vector of equal norm", results.get(f"{trait}, random vector"))
+
+
 def comparison_page(
     trait: str,
     rows: list[dict],  # of the index: model, first, other, notebook, page, when
@@ -143,7 +148,7 @@ def comparison_page(
         r["label"] = label if names.count(label) == 1 else f"{label}, {Path(r['page']).stem}"
         values = r["first"] | {
             "unsteered": r["other"].get(f"{trait}, unsteered"),
-            "random": r["other"].get(f"{trait}, random vector"),
+            "random": _random(r["other"], trait),
         }
         r |= as_cells({k: v for k, v in values.items() if v is not None})
     means = {r["label"]: m for r in rows if (m := report_means(r["notebook"])) is not None}

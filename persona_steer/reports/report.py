@@ -23,8 +23,8 @@ from persona_steer.reports.notebook import (
 from .theme import CSS, SCRIPT, render, template_text
 
 # %% auto #0
-__all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'CAPTION', 'PARAMETERS', 'CELLS', 'FETCHED', 'REMOTE', 'NUMBER',
-           'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'results_first', 'table_parameters',
+__all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'CAPTION', 'BANNERS', 'PARAMETERS', 'CELLS', 'FETCHED', 'REMOTE',
+           'NUMBER', 'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'results_first', 'table_parameters',
            'plain_text', 'take_caption', 'caption', 'cells_to_html', 'make_safe', 'align_numbers', 'tidy_tables',
            'tidy_headings', 'flat', 'export_page']
 
@@ -71,6 +71,9 @@ def hidden(cell) -> bool:
     return bool(body) and not cell.outputs and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
 
 
+BANNERS = {"remove_cell", "papermill-error-cell-tag"}  # papermill puts the latter before the title of a failed run
+
+
 def keep_readable(nb):
     "Remove, in place, what is not for a reader. An error stays, even where its cell goes."
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
@@ -88,8 +91,7 @@ def keep_readable(nb):
         )
         if not c.source:
             c.metadata["transient"] = {"remove_source": True}
-    banners = {"remove_cell", "papermill-error-cell-tag"}
-    nb.cells = [c for c in nb.cells if c.get("outputs") or (c.source and not banners & tags(c))]
+    nb.cells = [c for c in nb.cells if c.get("outputs") or (c.source and not BANNERS & tags(c))]
     CoalesceStreamsPreprocessor().preprocess(nb, {})
 
 # %% ../../nbs/reports/02_report.ipynb #c0c974b1
@@ -100,7 +102,8 @@ def results_first(nb):
     start = next((i for i, c in enumerate(nb.cells) if tags(c) & set(PARAMETER_TAGS)), 0)
     if not start:
         return
-    first = next((i for i, c in enumerate(nb.cells[:start]) if c.cell_type == "markdown"), 0)
+    prose = (i for i, c in enumerate(nb.cells[:start]) if c.cell_type == "markdown" and not BANNERS & tags(c))
+    first = next(prose, 0)
     title, method = nb.cells[first], nb.cells[:first] + nb.cells[first + 1 : start]
     quote = re.match(r"(#[^\n]*\n+(?:>[^\n]*\n?)*)(.*)", title.source, re.S)
     if quote:

@@ -146,13 +146,14 @@ def generate_and_score(
     folder: Path | None = None,
     name: str = "sweep",
     overwrite: bool = False,
+    engine=None,  # what writes the answers: None for Hugging Face, or a VLLMEngine
 ) -> pd.DataFrame:
     # the plan with answer, {trait}, coherence
     """Answer and judge a table of conditions; with a folder, parts are kept so that an interrupted run resumes, and the
     result is written as CSV."""
     judge.check(trait, len(rows))
     steering = table_steering(lm, rows, vectors, positions)
-    table = generate_table(lm, rows, sampling, steering, folder=folder, overwrite=overwrite, label=name)
+    table = generate_table(lm, rows, sampling, steering, engine=engine, folder=folder, overwrite=overwrite, label=name)
     frame = add_scores(table, lm, judge, trait, f"judge {name}")
     if lm.world != "pocket":  # the independent scorers know English, not pocket's world
         frame = add_second_opinion(frame, trait.name)
@@ -195,6 +196,7 @@ def evaluate(
     positions: str = "response",
     sampling: SamplingParams | None = None,
     seed: int = 0,
+    engine=None,  # as in `generate_and_score`
 ) -> pd.DataFrame:
     """Mean trait score and coherence per layer and coefficient, with the unsteered model and a random vector of equal
     norm."""
@@ -210,6 +212,7 @@ def evaluate(
             bank,
             sampling or sampling_for(lm),
             positions,
+            engine=engine,
         ),
         trait.name,
     )
@@ -308,13 +311,15 @@ def choose_and_report(
     sampling: SamplingParams = SamplingParams(),
     folder: Path | None = None,
     overwrite: bool = False,
+    engine=None,  # as in `generate_and_score`
 ) -> Evaluation:
     "Sweep on extraction questions, choose layer and coefficient, report on evaluation questions with the controls."
     judge.check(trait)
     pairs = judge.generating_pairs(trait)
     random = [getattr(vectors.random_like(sampling.seed + k), pooling) for k in range(size.random_vectors)]
     bank = {"trait": getattr(vectors, pooling)} | {f"random {k}": v for k, v in enumerate(random)}
-    how = dict(vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
+    how = dict(vectors=bank, sampling=sampling, positions=positions)
+    how |= dict(folder=folder, overwrite=overwrite, engine=engine)
     run = partial(generate_and_score, lm, trait, judge, **how)
     questions = trait.extract_questions[: size.questions]
     texts = reference_texts(lm, list(questions[: size.kl_questions]), sampling)

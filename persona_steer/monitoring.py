@@ -117,13 +117,14 @@ def monitor(
     pooling: str = "response_avg",
     folder: Path | None = None,
     overwrite: bool = False,
+    engine=None,  # what writes the answers: None for Hugging Face, or a VLLMEngine
 ) -> pd.DataFrame:
     # a row per prompt: kind, level, question, prompt, {trait} and coherence (means over its answers), layer1, layer2,
     # ... (projections)
     "Answer, judge, and project the last prompt token on the vector of every layer."
     judge.check(trait, len(rows))
     check_length(lm, list(rows.prompt.unique()), sampling.max_new_tokens)
-    table = generate_table(lm, rows, sampling, folder=folder, overwrite=overwrite, label="answer")
+    table = generate_table(lm, rows, sampling, engine=engine, folder=folder, overwrite=overwrite, label="answer")
     frame = add_scores(table.drop(columns=BOOKKEEPING), lm, judge, trait, "judge")
     if folder:
         save_table(frame, Path(folder) / "answers.csv")

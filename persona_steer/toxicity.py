@@ -297,10 +297,11 @@ def complete(
     folder: Path,
     label: str,
     overwrite: bool = False,
+    engine=None,  # what writes the completions: None for Hugging Face, or a VLLMEngine
 ) -> pd.DataFrame:
     "The table with answer, toxicity in [0, 1] (missing for empty answers, thoughts left out), nll and tokens."
     steering = table_steering(lm, rows, vectors)
-    table = generate_table(lm, rows, sampling, steering, folder=folder, overwrite=overwrite, label=label)
+    table = generate_table(lm, rows, sampling, steering, engine=engine, folder=folder, overwrite=overwrite, label=label)
     responses = pd.Series(
         [lm.strip_thinking(a, p).strip() for a, p in zip(table.answer, table.prompt)], index=table.index
     )
@@ -455,16 +456,18 @@ def run_toxicity(
     config: ToxicityConfig,
     folder: Path,  # where to write
     overwrite: bool = False,
+    engine=None,  # as in `complete`
 ) -> ToxicityResult:
     "The whole experiment; resumes from what an earlier run with the same settings left."
     alphas = list(dict.fromkeys(map(float, config.alphas)))
     config = replace(config, layers=list(dict.fromkeys(config.layers)), alphas=alphas)
     config.check(lm)
-    with ResumableRun(folder, _settings(lm, scorer, prompts, config), overwrite) as run:
+    settings = _settings(lm, scorer, prompts, config) | dict(engine=engine.name if engine else "hf")
+    with ResumableRun(folder, settings, overwrite) as run:
 
         def completions(name, rows, vectors=None):
             def make():
-                return complete(lm, rows, vectors or {}, scorer, config.sampling, folder, name, overwrite)
+                return complete(lm, rows, vectors or {}, scorer, config.sampling, folder, name, overwrite, engine)
 
             return run.table(name, make).astype({"toxicity": float})
 

@@ -96,7 +96,7 @@ def add_projections(known: dict, new: dict):
     for name, values in new.items():
         known.setdefault(name, []).extend(values)
 
-# %% ../../nbs/serving/04_plugin.ipynb #95949f35
+# %% ../../nbs/serving/04_plugin.ipynb #b90de4fd
 def register():
     "The entry point that vLLM calls in each of its processes."
     _follow_requests()
@@ -139,6 +139,8 @@ def served_by(processor) -> Served | None:
             worker = config.parallel_config.worker_cls
             check(worker == WORKER, f"steering needs vLLM's option worker_cls={WORKER}, not {worker}.")
         layers = config.model_config.hf_text_config.num_hidden_layers
+        if mine and config.parallel_config.pipeline_parallel_size > 1:
+            mine = mine | {"monitors": 0}  # a layer's projections stay on its stage of the pipeline
         processor.persona_steer = Served(mine, layers, config.scheduler_config.max_num_seqs) if mine else None
     return processor.persona_steer
 

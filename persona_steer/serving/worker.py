@@ -219,7 +219,7 @@ def _carry(out, found: dict):
         out.persona_steer = found
     return out
 
-# %% ../../nbs/serving/03_worker.ipynb #a0a74e4b
+# %% ../../nbs/serving/03_worker.ipynb #84292d80
 @functools.cache
 def _worker_class():
     "vLLM's worker for this platform, with steering."
@@ -270,6 +270,8 @@ def attach(runner, vllm_config) -> StepBook:
     check_version()
     check(not vllm_config.speculative_config, "steering with speculative decoding was not tested: leave it out.")
     config = vllm_config.additional_config[KEY]
+    whole = vllm_config.parallel_config.pipeline_parallel_size == 1
+    check(whole or not config["capture"], "activations cannot be pooled with pipeline parallelism: leave it out.")
     model = runner.get_model()
     text = vllm_config.model_config.hf_text_config
     inner, blocks = find_served_blocks(model, text.num_hidden_layers)

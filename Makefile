@@ -23,7 +23,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lint test-export test-clean test-notebooks test-code test-vllm test-browser lab voila bench lock clean distclean
+.PHONY: help install demo test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -105,6 +105,9 @@ $(VENV)-vllm/.installed: settings.ini setup.py
 
 test-vllm: $(VENV)-vllm/.installed ## the vLLM engine and the remote judge against a real vLLM (its own environment, 3 GB)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$(CURDIR)/$(VENV)-vllm/bin:$$PATH" python -m pytest -q -rP tests/vllm
+
+bench-vllm: $(VENV)-vllm/.installed ## what steering costs in vLLM, and vLLM beside other loops (10 minutes)
+	HF_HUB_OFFLINE=1 "$(VENV)-vllm/bin/python" tests/vllm/bench_serving.py
 
 test-browser: $(STAMP) ## JupyterLab, notebook 7, Voila and the pages in a headless Chromium (Debian: apt install chromium)
 	OMP_NUM_THREADS=$(THREADS) HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q tests/browser

@@ -96,7 +96,7 @@ def add_projections(known: dict, new: dict):
     for name, values in new.items():
         known.setdefault(name, []).extend(values)
 
-# %% ../../nbs/serving/04_plugin.ipynb #b90de4fd
+# %% ../../nbs/serving/04_plugin.ipynb #1cf36d28
 def register():
     "The entry point that vLLM calls in each of its processes."
     _follow_requests()
@@ -240,12 +240,11 @@ def _extra(request) -> dict:
 def _check_slots(processor, request):
     "Raise `PersonaError` if a request would need one slot more than there are."
     extra = _extra(request)
-    key = extra.get("steer_key")
-    if key:
+    key, most = extra.get("steer_key"), extra.get("steer_slots", 0)
+    if key and most:
         used = {getattr(s, "steer_key", "") for s in processor.request_states.values()} - {"", key}
-        most = extra.get("steer_slots", 0)
         check(
-            not most or len(used) < most,
+            len(used) < most,
             f"{len(used)} specifications are in use, as many as this server can apply at a time: try again later.",
         )
 

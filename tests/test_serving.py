@@ -376,3 +376,80 @@ def test_presets_are_listed_as_models_and_vectors_described():
 
 def test_specs_are_frozen_and_hashable():
     assert {SteeringSpec((Term(1, "a", 1.0),)): 1}[parse_steering("a:1@1")] == 1
+
+
+class StreamingServer:
+    """Says what a steered server says: three tokens, whose projections grow with the coefficient, one event late."""
+
+    def __init__(self):
+        import threading
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        asked = self.asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def reply(self, kind: str, body: bytes):
+                self.send_response(200)
+                self.send_header("content-type", kind)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                vectors = {"evil": {"digest": "abc", "rows": [], "norms": [2.0] * 7}}
+                about = {"vectors": vectors, "layers": 6}
+                listed = {"object": "list", "data": [{"id": "pocket", "object": "model"}]}
+                self.reply("application/json", json.dumps(about if "steering" in self.path else listed).encode())
+
+            def do_POST(self):
+                ask = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                asked.append(ask)
+                c = 3.0 if ask["vllm_xargs"]["steer"] else 0.0
+                events = [({"role": "assistant", "content": ""}, [], [9.0])]
+                events += [({"content": text}, [k], [k + c]) for k, text in enumerate(("One", " <b>", " three"))]
+                lines = []
+                for delta, ids, values in events:
+                    choice = {"index": 0, "delta": delta, "token_ids": ids, "projections": {"evil@4": values}}
+                    lines.append(
+                        f"data: {json.dumps({'id': 'x', 'object': 'chat.completion.chunk', 'choices': [choice]})}"
+                    )
+                self.reply("text/event-stream", "\n\n".join([*lines, "data: [DONE]", ""]).encode())
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+def test_the_dashboard_steers_a_served_model(runs):
+    from persona_steer.app.dashboard import Dashboard
+
+    served = StreamingServer()
+    panel = Dashboard(models=(served.url,), chosen=("evil",), max_new_tokens=20)
+    try:
+        assert panel.worker.wait() and not panel.error.value
+        coefficient, layer = panel.rows["evil"]
+        assert (layer.max, layer.value) == (6, 4)  # two thirds of the depth that the server named
+        assert {a["vllm_xargs"]["steer"] for a in served.asked} == {"", "evil:1.5@4;positions=response"}
+        assert {a["vllm_xargs"]["monitor"] for a in served.asked} == {"evil@4"}
+        assert "&lt;b&gt;" in panel.left.value and "steered: evil x 1.5 at layer 4" in panel.right.value
+        assert 'title="+1.50"' in panel.right.value and 'title="+0.00"' in panel.left.value  # 3 in lengths of 2
+        coefficient.value = -2.0
+        assert panel.worker.wait() and served.asked[-1]["vllm_xargs"]["steer"] in ("", "evil:-2.0@4;positions=response")
+        panel.traits.value = ("evil", "humorous")
+        assert panel.worker.wait() and "has no vector &#x27;humorous&#x27;" in panel.error.value
+    finally:
+        panel.close()
+        served.server.shutdown()
+
+
+def test_an_address_where_nothing_answers_is_told(runs):
+    from persona_steer.app.live_generation import connect
+
+    with pytest.raises(PersonaError, match="127.0.0.1:9"):
+        connect("http://127.0.0.1:9/v1")

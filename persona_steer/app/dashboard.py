@@ -13,7 +13,15 @@ import time
 
 import pandas as pd
 
-from .live_generation import Answer, LatestRequestWorker, LiveRequest, answer_live
+from persona_steer.app.live_generation import (
+    Answer,
+    LatestRequestWorker,
+    LiveRequest,
+    ServedModel,
+    answer_live,
+    answer_served,
+    connect,
+)
 from ..base.core import PersonaError, atomic_path, project_root
 from ..base.redaction import redact
 from ..extraction import load_or_extract
@@ -148,6 +156,9 @@ class ModelCache:
         self.models, self.vectors, self.judges = {}, {}, {}
 
     def model(self, name: str):
+        if name not in self.models and name.startswith(("http://", "https://")):
+            self.say(f"Asking {name} ...")
+            self.models, self.vectors = {name: connect(name)}, {}
         if name not in self.models:
             self.say(f"Loading {name} ...")
             self.models = {}  # one at a time: two real ones would not fit
@@ -165,7 +176,9 @@ class ModelCache:
 
     def vector(self, model: str, trait: str):  # [layers + 1, hidden]
         lm = self.model(model)
-        if trait not in self.vectors:
+        if isinstance(lm, ServedModel):
+            self.vectors[trait] = lm.norms(trait)[:, None]  # the server has the vector; only its length is needed here
+        elif trait not in self.vectors:
             self.say(f"Looking for the vector of {trait}; if there is none yet, it is extracted now, once ...")
             self.vectors[trait] = _quietly(
                 lambda: load_or_extract(lm, load_trait(trait, world=lm.world), self.judge(model), sampling_for(lm))
@@ -177,9 +190,9 @@ class ModelCache:
         """Trait score and coherence of both answers, for every trait, as in chapter 04; None without a judge, or once
         stopped."""
         traits, out = list(dict.fromkeys(t for t, _, _ in request.terms)), [{}, {}]
-        if self.judge_model == "none" or not traits:
-            return None
         lm = self.model(model)
+        if self.judge_model == "none" or not traits or isinstance(lm, ServedModel):
+            return None
         frame = pd.DataFrame(
             dict(
                 question=request.question,
@@ -289,6 +302,11 @@ class Controls:
         )
 
 # %% ../../nbs/11_dashboard.ipynb #cee37e47
+def _first_layer(lm, trait: str) -> int:
+    "Where the layer slider of a trait stands at first."
+    return round(2 * lm.n_layers / 3) if isinstance(lm, ServedModel) else default_layer(lm, trait)[0]
+
+
 class Dashboard(Controls):
     "The panel: `display(dashboard.widget)`."
 
@@ -353,7 +371,7 @@ class Dashboard(Controls):
         self.depth, self.quiet = lm.n_layers, True
         for t, (_, s) in rows:
             if s in fresh:
-                s.max, s.value, s.set_once = lm.n_layers, default_layer(lm, t)[0], True
+                s.max, s.value, s.set_once = lm.n_layers, _first_layer(lm, t), True
         self.quiet = False
         if fresh:
             self._ask()
@@ -376,7 +394,10 @@ class Dashboard(Controls):
             return stop()
 
         self._say("Writing ...")
-        answers = answer_live(lm, request, vectors, show)
+        if isinstance(lm, ServedModel):
+            answers = answer_served(lm, request, show)
+        else:
+            answers = answer_live(lm, request, vectors, show)
         self._draw(request, answers, norm)
         n, took = sum(len(a.pieces) for a in answers), time.perf_counter() - began
         if stop():

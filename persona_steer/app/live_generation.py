@@ -5,20 +5,23 @@
 # %% ../../nbs/app/00_live_generation.ipynb #962a49ea
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from ..base.core import check
+from ..base.core import PersonaError, check, unknown_name
+from ..base.http_client import address, plain_error
 from ..lm.activations import Steering, steer
 from ..lm.generation import SamplingParams, generate, stop_ids, text_of
 from ..lm.models import LoadedModel
 from ..projection import Trace
 
 # %% auto #0
-__all__ = ['IncrementalDetokenizer', 'LiveRequest', 'Answer', 'answer_live', 'LatestRequestWorker']
+__all__ = ['IncrementalDetokenizer', 'LiveRequest', 'Answer', 'answer_live', 'ServedModel', 'connect', 'steering_text',
+           'add_event', 'answer_served', 'LatestRequestWorker']
 
 # %% ../../nbs/app/00_live_generation.ipynb #681b6466
 class IncrementalDetokenizer:
@@ -104,6 +107,116 @@ def _steering(lm: LoadedModel, request: LiveRequest, vectors: dict) -> Steering 
     traits, layers, strengths = zip(*terms)
     columns = [torch.tensor([0.0, c]) for c in strengths]
     return steer(lm, [vectors[t] for t in traits], list(layers), columns, request.positions)
+
+# %% ../../nbs/app/00_live_generation.ipynb #1b11d9e4
+@dataclass(frozen=True)
+class ServedModel:
+    "A model behind an address, and what its server says about its vectors."
+
+    url: str
+    name: str  # what the server calls it
+    about: dict  # the answer of /v1/steering
+
+    @property
+    def n_layers(self) -> int:
+        return self.about["layers"]
+
+    def norms(self, vector: str) -> torch.Tensor:  # [layers + 1]
+        "The lengths of a vector; raises `PersonaError` if the server does not have it."
+        known = self.about["vectors"]
+        check(vector in known, unknown_name(vector, list(known), f"{address(self.url)} has no vector '{{}}'"))
+        return torch.tensor(known[vector]["norms"])
+
+
+def connect(name: str) -> ServedModel:  # http://host:8000/v1, with #model for one of several
+    "Ask a server what it serves; raises `PersonaError` if it does not answer, or cannot steer."
+    import openai
+
+    url, _, model = name.partition("#")
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, timeout=10)
+    try:
+        about = client.get("/steering", cast_to=object)
+        return ServedModel(url, model or client.models.list().data[0].id, about)
+    except openai.NotFoundError:
+        raise PersonaError(f"{address(url)} cannot steer: start it with persona-steer serve.") from None
+    except openai.APIError as e:
+        raise PersonaError(plain_error(e, model or "its model", address(url))) from None
+
+# %% ../../nbs/app/00_live_generation.ipynb #4755a3d2
+def steering_text(request: LiveRequest) -> str:
+    "The steering of a request in a server's notation; empty if all coefficients are 0."
+    terms = [f"{trait}:{c!r}@{layer}" for trait, layer, c in request.terms if c]
+    return ",".join(terms) + f";positions={request.positions}" if terms else ""
+
+
+def add_event(answer: Answer, choice: dict, watched: str):
+    "Add one event of a stream to an answer: its text, and the projections that have come since."
+    text, tokens = (choice.get("delta") or {}).get("content") or "", len(choice.get("token_ids") or ())
+    if text or tokens:
+        answer.pieces += [text, *[""] * (tokens - 1)]
+    answer.values += (choice.get("projections") or {}).get(watched, [])
+
+
+def answer_served(
+    model: ServedModel,
+    request: LiveRequest,
+    show: Callable[[list[Answer]], bool] = lambda answers: False,
+) -> list[Answer]:  # unsteered, steered
+    "`answer_live` with a served model: `show` is called a few times a second."
+    check(request.question.strip(), "there is no question: write one into the prompt box.")
+    watched = "{}@{}".format(*request.watched) if request.watched else ""
+    raw, over, failed = [Answer(), Answer()], threading.Event(), []
+
+    def read(answer: Answer, steer: str):
+        try:
+            for event in _stream(model, request, steer, watched):
+                if over.is_set():
+                    return
+                for choice in event.model_dump()["choices"]:
+                    add_event(answer, choice, watched)
+        except Exception as e:
+            failed.append(e)
+
+    specs = ("", steering_text(request))
+    threads = [threading.Thread(target=read, args=pair, daemon=True) for pair in zip(raw, specs)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and not failed:
+        threads[0].join(0.05)
+        threads[1].join(0.05)
+        if show(_aligned(raw)):
+            over.set()
+            break
+    if failed:
+        raise failed[0]
+    return _aligned(raw)
+
+
+def _aligned(raw: list[Answer]) -> list[Answer]:
+    "The first projection belongs to the prompt's last token."
+    return [Answer(list(a.pieces), a.values[1 : len(a.pieces) + 1]) for a in raw]
+
+
+def _stream(model: ServedModel, request: LiveRequest, steer: str, watched: str):
+    "The events of one answer."
+    import openai
+
+    client = openai.OpenAI(base_url=model.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0)
+    system = [{"role": "system", "content": request.system}] if request.system else []
+    s = request.sampling
+    try:
+        yield from client.chat.completions.create(
+            model=model.name,
+            messages=[*system, {"role": "user", "content": request.question}],
+            stream=True,
+            max_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            seed=s.seed if s.temperature else None,
+            extra_body={"vllm_xargs": {"steer": steer, "monitor": watched}, "return_token_ids": True},
+        )
+    except openai.APIError as e:
+        raise PersonaError(plain_error(e, model.name, address(model.url))) from None
 
 # %% ../../nbs/app/00_live_generation.ipynb #18d58be8
 class LatestRequestWorker:

@@ -157,7 +157,7 @@ def rewrite_events(text: str, add) -> str:
         lines.append(line)
     return "\n".join(lines)
 
-# %% ../../nbs/serving/05_server.ipynb #40c5252c
+# %% ../../nbs/serving/05_server.ipynb #39ee66b8
 LONGEST_BODY = 64 * 2**20  # bytes; longer requests are refused
 
 
@@ -229,7 +229,8 @@ def description(served: Served) -> dict:
     "What a client may ask for: the answer of /v1/steering."
     vectors = {}
     for name, matrix in served_vectors(served.config["vectors"]).items():
-        vectors[name] = {"digest": served.digests[name], "rows": [vector_digest(row) for row in matrix]}
+        rows = [vector_digest(row) for row in matrix]
+        vectors[name] = {"digest": served.digests[name], "rows": rows, "norms": matrix.norm(dim=1).tolist()}
     return dict(
         vectors=vectors,
         layers=served.n_layers,

@@ -168,6 +168,24 @@ def test_openai_client_chat_stream_and_presets(server, lm, vectors):
     assert found == whole.projections and len(found["two@2"]) in (tokens, tokens + 1)
 
 
+def test_the_panel_of_a_served_model_writes_both_answers(server, lm, vectors):
+    from persona_steer.app.live_generation import LiveRequest, answer_served, connect
+
+    model, question = connect(f"{server[1]}/v1"), EVIL.eval_questions[1]
+    assert (model.name, model.n_layers) == ("pocket", lm.n_layers)
+    request = LiveRequest(question, "", (("one", LAYER, 1.0),), ("one", LAYER), sampling=SamplingParams(30, 0))
+    shown = []
+    plain, changed = answer_served(model, request, lambda answers: shown.append(len(answers[1].pieces)))
+    prompt = [lm.prompt(question)]
+    short = SamplingParams(30, 0)
+    with steer(lm, vectors[1]["one"], LAYER, 1.0):
+        want = generate(lm, prompt, short, progress=False).texts[0]
+    assert changed.text.strip() == want.strip()
+    assert plain.text.strip() == generate(lm, prompt, short, progress=False).texts[0].strip()
+    assert len(changed.values) in (len(changed.pieces), len(changed.pieces) - 1) and shown[-1] > 5
+    assert float(model.norms("one")[LAYER]) == pytest.approx(8, rel=1e-4)
+
+
 def test_projections_are_those_of_hugging_face(server, lm, vectors):
     prompts, worst, compared = questions(lm, 4), 0.0, 0
     choices = completions(server[1], prompts, steer=f"two:1@{LAYER}", monitor=f"one@{LAYER},two@2")

@@ -318,9 +318,8 @@ def choose_and_report(
     pairs = judge.generating_pairs(trait)
     random = [getattr(vectors.random_like(sampling.seed + k), pooling) for k in range(size.random_vectors)]
     bank = {"trait": getattr(vectors, pooling)} | {f"random {k}": v for k, v in enumerate(random)}
-    how = dict(vectors=bank, sampling=sampling, positions=positions)
-    how |= dict(folder=folder, overwrite=overwrite, engine=engine)
-    run = partial(generate_and_score, lm, trait, judge, **how)
+    how = dict(vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
+    run = partial(generate_and_score, lm, trait, judge, engine=engine, **how)
     questions = trait.extract_questions[: size.questions]
     texts = reference_texts(lm, list(questions[: size.kl_questions]), sampling)
     points = sweep_points(lm, bank["trait"], layers, coefficients, list(target_kl), texts, positions)

@@ -45,6 +45,19 @@ def test_a_specification_that_cannot_be_applied_is_refused_in_a_sentence(text, w
         LIMITS.check_steering(parse_steering(text))
 
 
+def test_what_the_worker_could_not_fill_is_refused_before():
+    """Else the engine would end there, with all its requests."""
+    limits = Limits(("evil", "humorous", "kind"), 4, zeros=(("kind", 2),))
+    limits.check_steering(parse_steering("evil:1@2,humorous:1@2,kind:1@2"))
+    limits.check_steering(parse_steering("evil:1@2,humorous:1@2,evil:1@3;mode=ablate"))
+    for text, words in (
+        ("evil:1@2,humorous:1@2,evil:0.5@2;mode=ablate", r"ablate 2 directions at a layer, not 3 \(layer 2\)"),
+        ("kind:1@2;mode=ablate", "'kind' is 0 at layer 2"),
+    ):
+        with pytest.raises(PersonaError, match=words):
+            limits.check_steering(parse_steering(text))
+
+
 def test_specifications_that_do_the_same_have_one_text():
     same = ["evil:2@3,humorous:1@2", "humorous:1.0@2, evil:1@3 , evil:1@3;mode=add", "humorous:1@2,evil:2@3,evil:0@1;"]
     assert len({str(parse_steering(t)) for t in same}) == 1

@@ -31,8 +31,10 @@ def engine_options(
     max_coefficient: float = 0.0,  # of a request at a layer; 0: any
 ) -> dict:
     "The options of `vllm.LLM` and of vLLM's server that make it steer."
-    digests = {name: vector_digest(v) for name, v in served_vectors(vectors).items()}
-    config = dict(vectors=vectors, digests=digests, slots=slots, monitors=monitors, capture=capture)
+    matrices = served_vectors(vectors)
+    digests = {name: vector_digest(v) for name, v in matrices.items()}
+    zeros = [[name, l] for name, v in matrices.items() for l in range(1, len(v)) if not bool(v[l].any())]
+    config = dict(vectors=vectors, digests=digests, slots=slots, monitors=monitors, capture=capture, zeros=zeros)
     return dict(worker_cls=WORKER, additional_config={KEY: config | dict(max_coefficient=max_coefficient)})
 
 
@@ -48,7 +50,8 @@ class Served:
     @property
     def limits(self) -> Limits:
         most = self.config["max_coefficient"] or float("inf")
-        return Limits(tuple(self.digests), self.n_layers, most, self.config["monitors"])
+        zeros = tuple((name, layer) for name, layer in self.config.get("zeros", ()))
+        return Limits(tuple(self.digests), self.n_layers, most, self.config["monitors"], zeros=zeros)
 
     def key(self, spec) -> str:  # "" where nothing is steered
         "What steering does to a cache: the specification, and the values of the vectors that it names."

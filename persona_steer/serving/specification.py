@@ -102,13 +102,21 @@ class Limits:
     n_layers: int
     max_coefficient: float = math.inf  # of the sum of a request's coefficients at a layer, without their signs
     monitors: int = 8  # the first so many vectors can be monitored
+    ablations: int = 2  # directions that one request can remove at one layer
+    zeros: tuple = ()  # (name, layer) where a vector is 0 and has no direction
 
     def check_steering(self, spec: SteeringSpec):
         "Raise `PersonaError` unless a specification can be applied."
-        size = {}
+        size, terms = {}, {}
         for t in spec.terms:
             self._check(t.name, t.layer)
             size[t.layer] = size.get(t.layer, 0.0) + abs(t.coefficient)
+            terms[t.layer] = terms.get(t.layer, 0) + 1
+            directed = spec.mode == "add" or (t.name, t.layer) not in self.zeros
+            check(directed, f"vector '{t.name}' is 0 at layer {t.layer}: it has no direction, which {spec.mode} needs.")
+        for layer, n in terms.items():
+            few = spec.mode == "add" or n <= self.ablations
+            check(few, f"a request can ablate {self.ablations} directions at a layer, not {n} (layer {layer}).")
         for layer, total in size.items():
             check(
                 total <= self.max_coefficient,

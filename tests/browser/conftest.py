@@ -103,7 +103,8 @@ def answer_live(lm, request, vectors, show):
 def slow_dashboard(folder, dashboard):
     """The same, a token taking a tenth of a second: pocket's answers would be over before a click arrives."""
     notebook = json.loads((folder / dashboard).read_text(encoding="utf-8"))
-    imports = next(c for c in notebook["cells"] if "import Answer, LatestRequestWorker" in "".join(c["source"]))
+    mark = "from persona_steer.app.live_generation import"
+    imports = next(c for c in notebook["cells"] if mark in "".join(c["source"]))
     imports["source"] = ["".join(imports["source"]) + SLOWLY]
     (folder / dashboard).write_text(json.dumps(notebook), encoding="utf-8")
     return dashboard

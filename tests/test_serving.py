@@ -29,6 +29,9 @@ LIMITS = Limits(("evil", "humorous"), 4, 5.0, monitors=1)
         ("evil:x@2", "'x' is no number"),
         ("evil:nan@2", "must be finite"),
         ("evil:inf@2", "must be finite"),
+        ("evil:1e308@2,evil:1e308@2", "at most 1e\\+06"),
+        ("evil:1e300@2", "at most 1e\\+06"),
+        (f"evil:1@{'9' * 5000}", "cannot be read"),
         ("../evil:1@2", "cannot be read"),
         ("evil:1@2;position=all", "did you mean 'positions'"),
         ("evil:1@2;positions=last", "'last' is unknown"),
@@ -199,6 +202,22 @@ def test_what_is_done_to_a_token_does_not_depend_on_the_chunks(seed):
             assert torch.allclose(pools[key][:, layer], want, atol=1e-4)
 
 
+def test_a_request_that_was_given_up_leaves_its_slot_and_takes_one_again():
+    tables = tables_of(slots=1)
+    book = StepBook(tables)
+    book.enter("a", {"steer": "evil:1@1"}, 2)
+    book.begin([("a", 0, 2)])
+    book.pause("a")
+    book.enter("b", {"steer": "evil:2@1"}, 2)  # in the same slot
+    book.begin([("b", 0, 2)])
+    book.leave("b")
+    book.begin([("a", 0, 3)])
+    want = torch.stack([torch.zeros(8), *[tables.vectors["evil"][1]] * 2])
+    assert torch.allclose(tables.step(torch.zeros(3, 8), None, 1), want)
+    book.leave("a")
+    assert not any(tables.slots.users.values())
+
+
 def test_activations_that_are_incomplete_are_not_handed_out():
     book = StepBook(tables_of(capture=1))
     book.enter("cached", {"pool": dict(pool="k", pool_tokens=4)}, 8)
@@ -232,6 +251,10 @@ def test_what_a_client_writes_into_the_inner_arguments_is_not_believed():
     params = type("P", (), {"extra_args": {"steer": "evil:1@2", "steer_key": "mine", "steer_slots": 0, "mine": 3}})()
     check_request(served, params, 5)
     assert params.extra_args["steer_key"] == served.key(parse_steering("evil:1@2")) and params.extra_args["mine"] == 3
+    for extra in ({"steer_key": "x"}, {"steer_key": "x", "steer": ""}, {"steer_slots": 3}):
+        params = type("P", (), {"extra_args": extra})()
+        check_request(served, params, 5)
+        assert not params.extra_args["steer_key"] and block_key(params.extra_args, 5, 0, 16) == ""
     for pool in ("x", {"pool": "x", "pool_tokens": 3}):
         with pytest.raises(PersonaError, match="does not pool"):
             check_request(served, type("P", (), {"extra_args": {"pool": pool}})(), 5)
@@ -322,7 +345,9 @@ def test_presets_are_checked_before_the_engine_starts(tmp_path, text, words):
         load_presets(str(tmp_path / "p.yaml"), LIMITS)
 
 
-def answer_of(body, reply: list[bytes], kind=b"application/json", path="/v1/chat/completions", method="POST"):
+def answer_of(
+    body, reply: list[bytes], kind=b"application/json", path="/v1/chat/completions", method="POST", status=200
+):
     """What a client gets through the middleware from a server that answers with these parts; what that server got."""
     served = Served(dict(digests={"evil": "abc"}, max_coefficient=5, monitors=8, slots=4, vectors={},
                          presets={"kind": {"steer": "evil:-1@2"}}), 4)  # fmt: skip
@@ -330,13 +355,19 @@ def answer_of(body, reply: list[bytes], kind=b"application/json", path="/v1/chat
 
     async def app(scope, receive, send):
         seen["path"], seen["body"] = scope["path"], (await receive()).get("body")
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", kind)]})
         for i, part in enumerate(reply):
             await send({"type": "http.response.body", "body": part, "more_body": i < len(reply) - 1})
 
     engine = type("E", (), {"input_processor": type("P", (), {"persona_steer": served})()})()
     state = type("S", (), {"engine_client": engine, "args": type("A", (), {"served_model_name": ["m"]})()})()
-    scope = dict(type="http", method=method, path=path, headers=[], app=type("F", (), {"state": state})())
+    scope = dict(
+        type="http",
+        method=method,
+        path=path,
+        headers=[(b"content-type", b"application/json")],
+        app=type("F", (), {"state": state})(),
+    )
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     parts = [raw[: len(raw) // 2], raw[len(raw) // 2 :]]
 
@@ -376,7 +407,34 @@ def test_the_middleware_lets_everything_else_through_untouched():
 )
 def test_the_middleware_refuses_what_cannot_be_applied(extra):
     status, text, seen = answer_of({"model": "m", "vllm_xargs": extra}, [b"{}"])
-    assert status == 400 and json.loads(text)["error"]["message"].endswith(".") and not seen
+    assert status == 400 and json.loads(text)["error"]["message"].endswith(".")
+    assert seen["path"] == "/v1/models"  # which asks for the API key
+
+
+def test_who_may_not_use_the_server_learns_nothing_of_its_vectors():
+    status, text, _ = answer_of({"vllm_xargs": {"steer": "x:1@1"}}, [b'{"error": "Unauthorized"}'], status=401)
+    assert status == 401 and b"evil" not in text
+
+
+@pytest.mark.parametrize(
+    "path, more, words",
+    [
+        ("/invocations", {}, "/invocations cannot be steered"),
+        ("/v1/embeddings", {}, "cannot be steered"),
+        ("/v1/responses", {"vllm_xargs": {"monitor": "evil@2"}}, "cannot give projections"),
+        ("/v1/completions", {"use_beam_search": True}, "beam search"),
+        ("/v1/completions", {"use_beam_search": True, "model": "kind", "vllm_xargs": {}}, "beam search"),
+    ],
+)
+def test_what_vllm_would_leave_out_in_silence_is_refused(path, more, words):
+    body = {"model": "m", "vllm_xargs": {"steer": "evil:1@2"}} | more
+    status, text, _ = answer_of(body, [b"{}"], path=path)
+    assert status == 400 and words in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b'{"model": []}', b'{"model": {}}', b"[" * 100_000, b'{"a": "\xff"}'])
+def test_malformed_bodies_are_left_to_the_server(body):
+    assert answer_of(body, [b"{}"])[0] == 200
 
 
 def test_presets_are_listed_as_models_and_vectors_described():

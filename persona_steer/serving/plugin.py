@@ -75,7 +75,7 @@ def check_request(served: Served, params, prompt_length: int | None):
         able = served.config["capture"] and isinstance(extra["pool"], dict)
         check(able, "this engine does not pool activations: start it with capture.")
         params.skip_reading_prefix_cache = True  # what is not computed cannot be pooled
-    if asked:
+    if set(extra) & OWN:
         keep = {k: v for k, v in extra.items() if k not in OWN}
         mine = dict(steer=str(spec) if spec else "", steer_key=served.key(spec), steer_slots=served.slots)
         monitor = ",".join(f"{n}@{l}" for n, l in monitors)
@@ -85,7 +85,7 @@ def check_request(served: Served, params, prompt_length: int | None):
 def block_key(extra: dict, prompt_length: int, start: int, end: int) -> str:
     "What a block of tokens start to end has in its hash; empty before the first steered token."
     key = extra.get("steer_key")
-    if not key:
+    if not key or not extra.get("steer"):
         return ""
     first, _ = steered_range(parse_steering(extra["steer"]), prompt_length)
     return key if end > first else ""
@@ -159,6 +159,8 @@ def _follow_requests():
             if served and params is not None:
                 with _as_invalid_request():
                     check_request(served, params, len(request.prompt_token_ids or ()))
+                    whole = not (request.resumable and params.extra_args and set(params.extra_args) & OWN)
+                    check(whole, "a prompt that comes in parts cannot be steered or monitored.")
             return request
 
         return checked

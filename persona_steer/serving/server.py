@@ -17,8 +17,8 @@ from .vectors import served_vectors, vector_digest, vector_files
 from .worker import KEY
 
 # %% auto #0
-__all__ = ['LONGEST_BODY', 'load_presets', 'check_fields', 'server_command', 'model_config', 'prepare_body', 'Additions',
-           'rewrite_events', 'SteeringMiddleware', 'presets_of', 'description']
+__all__ = ['STEERED', 'LONGEST_BODY', 'load_presets', 'check_fields', 'server_command', 'model_config', 'prepare_body',
+           'check_route', 'Additions', 'rewrite_events', 'SteeringMiddleware', 'presets_of', 'description']
 
 # %% ../../nbs/serving/05_server.ipynb #9e35528c
 def load_presets(path: str, limits: Limits) -> dict[str, dict]:  # name -> {"steer": text, "monitor": text}
@@ -108,14 +108,29 @@ def prepare_body(body: dict, presets: dict, limits: Limits, model: str) -> tuple
     check(isinstance(extra, dict), "vllm_xargs must be an object, such as {\"steer\": \"evil:2@20\"}.")
     inner = sorted(set(extra) & OWN - {"steer", "monitor"})
     check(not inner, f"vllm_xargs.{inner and inner[0]} is not a client's to give.")
-    preset = presets.get(body.get("model"))
+    name = body.get("model")
+    preset = presets.get(name) if isinstance(name, str) else None
     if preset:
         twice = sorted(set(preset) & set(extra))
         check(not twice, f"the preset '{body['model']}' says already what to {' and '.join(twice)}: leave it out.")
         extra = extra | preset
         body = body | {"model": model, "vllm_xargs": extra}
     check_fields(limits, extra)
+    asked = extra.get("steer") or extra.get("monitor")
+    check(not (asked and body.get("use_beam_search")), "beam search cannot be steered: leave out use_beam_search.")
     return body, bool(extra.get("monitor"))
+
+
+STEERED = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
+
+
+def check_route(path: str, body: dict):
+    "Raise `PersonaError` where vLLM would leave out what a request asks for."
+    extra = body.get("vllm_xargs") or {}
+    asked = extra.get("steer") or extra.get("monitor")
+    check(not asked or path in STEERED, f"{path} cannot be steered: use one of {', '.join(STEERED)}.")
+    told = path in STEERED[:2] or not extra.get("monitor")
+    check(told, f"{path} cannot give projections: use {' or '.join(STEERED[:2])}.")
 
 
 class Additions:
@@ -171,13 +186,14 @@ class SteeringMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         served, model = _served(scope)
-        path = scope["path"].rstrip("/")
+        path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
         if served and scope["method"] == "GET" and path in ("/v1/models", "/v1/steering"):
             # also the second one through vLLM's list of models, which asks for the API key
             models = scope | {"path": "/v1/models", "raw_path": b"/v1/models"}
             return await self._list(models, receive, send, served, path)
-        if served and scope["method"] == "POST" and path.startswith("/v1/"):
-            return await self._answer(scope, receive, send, served, model)
+        is_json = any(k.lower() == b"content-type" and b"json" in v for k, v in scope["headers"])
+        if served and scope["method"] == "POST" and is_json:
+            return await self._answer(scope, receive, send, served, model, path)
         return await self.app(scope, receive, send)
 
     async def _list(self, scope, receive, send, served: Served, path: str):
@@ -191,19 +207,32 @@ class SteeringMiddleware:
 
         await self.app(scope, receive, _Rewriter(send, change))
 
-    async def _answer(self, scope, receive, send, served: Served, model: str):
+    async def _refuse(self, scope, send, message: str):
+        "Status 400, to clients that may use the server: vLLM's list of models asks for the API key."
+
+        async def nothing():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        models = scope | {"method": "GET", "path": "/v1/models", "raw_path": b"/v1/models"}
+        error = {"message": message, "type": "BadRequestError", "param": "vllm_xargs", "code": 400}
+        await self.app(models, nothing, _Rewriter(send, lambda listed: {"error": error}, status=400))
+
+    async def _answer(self, scope, receive, send, served: Served, model: str, path: str):
         try:
             raw = await _whole_body(receive)
             body = _json(raw)
             asked = body.get("model") if body else None
-            body, monitored = prepare_body(body, presets_of(served), served.limits, model) if body else (None, False)
+            monitored = False
+            if body:
+                body, monitored = prepare_body(body, presets_of(served), served.limits, model)
+                check_route(path, body)
         except PersonaError as e:
-            return await _refuse(send, str(e))
+            return await self._refuse(scope, send, str(e))
         if body is not None:
             raw = json.dumps(body).encode()
         collected = {}
         token = COLLECTED.set(collected if monitored else None)
-        renamed = asked if asked in presets_of(served) else ""
+        renamed = asked if isinstance(asked, str) and asked in presets_of(served) else ""
         out = _Rewriter(send, Additions(renamed, collected).add) if monitored or renamed else send
         try:
             await self.app(_with_length(scope, len(raw)), _replay(raw, receive), out)
@@ -226,9 +255,17 @@ def presets_of(served: Served) -> dict:
 
 
 def description(served: Served) -> dict:
-    "What a client may ask for: the answer of /v1/steering."
+    "What a client may ask for: the answer of /v1/steering, which is made once."
+    if not hasattr(served, "about"):
+        served.about = _describe(served)
+    return served.about
+
+
+def _describe(served: Served) -> dict:
     vectors = {}
     for name, matrix in served_vectors(served.config["vectors"]).items():
+        same = vector_digest(matrix) == served.digests[name]
+        check(same, f"the file of vector '{name}' has changed since the server was started.")
         rows = [vector_digest(row) for row in matrix]
         vectors[name] = {"digest": served.digests[name], "rows": rows, "norms": matrix.norm(dim=1).tolist()}
     return dict(
@@ -254,7 +291,7 @@ async def _whole_body(receive) -> bytes:
 def _json(raw: bytes) -> dict | None:  # None: not an object, which is vLLM's to refuse
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -278,18 +315,12 @@ def _with_length(scope, length: int) -> dict:
     return scope | {"headers": [*headers, (b"content-length", str(length).encode())]}
 
 
-async def _refuse(send, message: str):
-    body = json.dumps({"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
 class _Rewriter:
     "Passes an answer on with something added: to the whole of a JSON body, or to each event of a stream."
 
-    def __init__(self, send, add):
-        self.send, self.add, self.start, self.kept, self.stream = send, add, None, b"", False
+    def __init__(self, send, add, status: int = 200):  # of an answer that is changed
+        self.send, self.add, self.status = send, add, status
+        self.start, self.kept, self.stream = None, b"", False
 
     async def __call__(self, message):
         if message["type"] == "http.response.start":
@@ -319,6 +350,7 @@ class _Rewriter:
         value = _json(self.kept)
         if value is not None and self.start["status"] == 200:
             self.kept = json.dumps(self.add(value), ensure_ascii=False).encode()
+            self.start = self.start | {"status": self.status}
         headers = [(k, v) for k, v in self.start["headers"] if k != b"content-length"]
         await self.send(self.start | {"headers": [*headers, (b"content-length", str(len(self.kept)).encode())]})
         await self.send({"type": "http.response.body", "body": self.kept, "more_body": False})

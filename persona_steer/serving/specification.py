@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from ..base.core import PersonaError, check, unknown_name
 
 # %% auto #0
-__all__ = ['POSITIONS', 'STEERING_MODES', 'NAME', 'Term', 'SteeringSpec', 'parse_steering', 'parse_monitoring', 'Limits']
+__all__ = ['POSITIONS', 'STEERING_MODES', 'NAME', 'LARGEST', 'Term', 'SteeringSpec', 'parse_steering', 'parse_monitoring',
+           'Limits']
 
 # %% ../../nbs/serving/00_specification.ipynb #91365a26
 POSITIONS = ("response", "prompt", "all")
 STEERING_MODES = ("add", "ablate")  # what a request may ask for; see `activations.MODES`
 NAME = r"[\w.+\-]+"
+LARGEST = 1e6  # coefficient: beyond it nothing is left of a model, and numbers overflow
 
 
 @dataclass(frozen=True, order=True)
@@ -55,13 +57,15 @@ def parse_steering(text: str) -> SteeringSpec | None:  # None: nothing is steere
         for t in terms:
             sums[t.layer, t.name] = sums.get((t.layer, t.name), 0.0) + t.coefficient
         terms = sorted(Term(*key, c) for key, c in sums.items())
+    large = next((t for t in terms if abs(t.coefficient) > LARGEST), None)
+    check(large is None, f"steering {str(large)!r}: a coefficient is at most {LARGEST:g}.")
     terms = tuple(t for t in terms if t.coefficient)
     return SteeringSpec(terms, **chosen) if terms else None
 
 
 def _term(part: str) -> Term:
     "One term."
-    m = re.fullmatch(rf"({NAME}):([^@]+)@(\d+)", part.strip())
+    m = re.fullmatch(rf"({NAME}):([^@]+)@(\d{{1,6}})", part.strip())
     check(m, f"steering {part.strip()!r} cannot be read: write name:coefficient@layer, such as 'evil:2@20'.")
     try:
         coefficient = float(m[2])
@@ -88,7 +92,7 @@ def parse_monitoring(text: str) -> tuple[tuple[str, int], ...]:  # (name, layer)
     check(isinstance(text, str), f"monitoring is a text such as 'evil@20', not {type(text).__name__}.")
     found = []
     for part in filter(None, map(str.strip, text.split(","))):
-        m = re.fullmatch(rf"({NAME})@(\d+)", part)
+        m = re.fullmatch(rf"({NAME})@(\d{{1,6}})", part)
         check(m, f"monitoring {part!r} cannot be read: write name@layer, such as 'evil@20'.")
         found.append((m[1], int(m[2])))
     return tuple(dict.fromkeys(found))

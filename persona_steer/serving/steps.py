@@ -53,20 +53,29 @@ class StepBook:
         if not (r.spec or r.monitors or r.pool):
             return
         r.reported = prompt_length - 1
-        if r.spec:
-            r.slot, new = self.tables.slots.take(r.spec)
-            if new:
-                self.tables.fill(r.slot, r.spec)
+        self._take_slot(r)
         if r.pool and self.pool_rows:
             r.pool_row = self.pool_rows.pop()
             self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1] = 0
         self.requests[name] = r
 
+    def _take_slot(self, r: StepRequest):
+        if r.spec and not r.slot:
+            r.slot, new = self.tables.slots.take(r.spec)
+            if new:
+                self.tables.fill(r.slot, r.spec)
+
+    def pause(self, name: str):
+        "A request that the engine has given up for now: another one may need its slot."
+        r = self.requests.get(name)
+        if r and r.slot:
+            self.tables.slots.leave(r.spec)
+            r.slot = 0
+
     def leave(self, name: str):
         "A request that has ended."
+        self.pause(name)
         r = self.requests.pop(name, None)
-        if r and r.spec:
-            self.tables.slots.leave(r.spec)
         if r and r.pool:
             self.pools[r.pool] = self._pooled(r)
             if r.pool_row:
@@ -76,6 +85,8 @@ class StepBook:
         "Fill the tables for a step, whose requests come in the engine's order."
         t, at, self.reading = self.tables, 0, []
         mine = [self.requests.get(name) for name, _, _ in step]
+        for r in filter(None, mine):
+            self._take_slot(r)
         t.use([r.spec for r in mine if r and r.spec])
         t.monitored = any(r and r.monitors for r in mine)
         t.pooled = any(r and r.pool for r in mine)

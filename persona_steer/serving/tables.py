@@ -57,6 +57,7 @@ class SteeringTables:
         ablations: int = 2,  # directions that one request can ablate at one layer
     ):
         self.n_layers, self.dtype, self.device = n_layers, dtype, torch.device(device)
+        self.layers = list(range(1, n_layers + 1))  # those on this machine
         self.slots, self.vectors = Slots(slots), {}
 
         def zeros(*shape, dtype=torch.float32):

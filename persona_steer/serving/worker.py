@@ -14,11 +14,11 @@ from torch import nn
 from ..base.core import PersonaError, check
 from .steps import StepBook
 from .tables import SteeringTables, apply_step, register_tables
-from .vectors import served_vectors
+from .vectors import served_vectors, vector_digest
 
 # %% auto #0
-__all__ = ['TESTED_VLLM', 'KEY', 'check_version', 'find_served_blocks', 'hook_blocks', 'check_steered_step', 'follow_runner',
-           'attach', 'bare_step', 'check_compiled']
+__all__ = ['TESTED_VLLM', 'KEY', 'SPARE', 'check_version', 'find_served_blocks', 'hook_blocks', 'check_steered_step',
+           'follow_runner', 'attach', 'check_options', 'bare_step', 'check_compiled']
 
 # %% ../../nbs/serving/03_worker.ipynb #9a52ecad
 TESTED_VLLM = ("0.32",)  # as major.minor
@@ -157,6 +157,8 @@ def follow_runner(runner, book: StepBook):
     def execute_model(scheduler_output, *args, **kwargs):
         for name in scheduler_output.finished_req_ids:
             book.leave(name)
+        for name in scheduler_output.preempted_req_ids or ():
+            book.pause(name)
         for new in scheduler_output.scheduled_new_reqs:
             if new.req_id not in book.requests and new.sampling_params is not None:
                 book.enter(new.req_id, new.sampling_params.extra_args or {}, len(new.prompt_token_ids or ()))
@@ -268,24 +270,48 @@ def __getattr__(name: str):  # vLLM is imported only where it runs
 def attach(runner, vllm_config) -> StepBook:
     "Hook a runner's model and check a steered step; raises `PersonaError` where it cannot be steered."
     check_version()
-    check(not vllm_config.speculative_config, "steering with speculative decoding was not tested: leave it out.")
+    check_options(vllm_config)
     config = vllm_config.additional_config[KEY]
-    whole = vllm_config.parallel_config.pipeline_parallel_size == 1
-    check(whole or not config["capture"], "activations cannot be pooled with pipeline parallelism: leave it out.")
     model = runner.get_model()
     text = vllm_config.model_config.hf_text_config
     inner, blocks = find_served_blocks(model, text.num_hidden_layers)
     dtype = vllm_config.model_config.dtype
     tokens = vllm_config.scheduler_config.max_num_batched_tokens + 1024  # a step may be padded
-    sizes = {k: config[k] for k in ("slots", "capture")} | {"monitors": max(1, config["monitors"])}  # one for the test
+    sizes = dict(capture=config["capture"], monitors=max(1, config["monitors"]))  # one for the test at start
+    sizes["slots"] = config["slots"] + SPARE
     tables = SteeringTables(text.num_hidden_layers, text.hidden_size, dtype, runner.device, tokens, **sizes)
-    for name, vector in served_vectors(config.get("vectors", {})).items():
+    for name, vector in served_vectors(config["vectors"]).items():
+        same = vector_digest(vector) == config["digests"][name]
+        check(same, f"the file of vector '{name}' has changed since the command was given: start again.")
         tables.add_vector(name, vector)
     number = register_tables(tables)
     hook_blocks(blocks, number, read_input=bool(tables.sums is not None))
 
+    tables.layers = [layer for layer, _ in blocks]
     check_steered_step(inner, blocks, tables, lambda: bare_step(runner, inner, blocks[0][0] == 1))
     return StepBook(tables)
+
+
+SPARE = 16  # slots beside those that requests are counted for: a request may end a step later than its client learns
+
+
+def check_options(vllm_config):
+    "Raise `PersonaError` for options of vLLM with which tokens or cached blocks could be taken for others."
+    from vllm.v1.core import kv_cache_utils
+
+    parallel, config = vllm_config.parallel_config, vllm_config.additional_config[KEY]
+    followed = hasattr(kv_cache_utils.generate_block_hash_extra_keys, "persona_steer")
+    check(followed, "the plugin persona_steer is not loaded: add it to VLLM_PLUGINS, or install this package again.")
+    refused = {
+        "speculative decoding": vllm_config.speculative_config,
+        "a KV connector": vllm_config.kv_transfer_config,
+        "micro-batches": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "kv_sharing_fast_prefill": vllm_config.cache_config.kv_sharing_fast_prefill,
+        "pooling with pipeline parallelism": config["capture"] and parallel.pipeline_parallel_size > 1,
+    }
+    for what, used in refused.items():
+        check(not used, f"steering with {what} was not tested: leave it out.")
 
 
 def bare_step(runner, inner: nn.Module, is_first: bool, n: int = 8):
@@ -314,7 +340,7 @@ def bare_step(runner, inner: nn.Module, is_first: bool, n: int = 8):
 def check_compiled(runner, tables: SteeringTables):
     """Steer one step of the model as it will run, compiled or captured, and raise `PersonaError` unless the projections
     move by the vector."""
-    layer, n = tables.n_layers // 2 + 1, 8
+    layer, n = tables.layers[len(tables.layers) // 2], 8
     attention = {"force_attention": True} if hasattr(runner, "_prepare_inputs") else {"skip_attn": False}
     vector = torch.nn.functional.normalize(torch.randn(tables.probes.shape[2]), dim=0)
     kept = tables.probes[layer - 1, 0].clone()

@@ -220,6 +220,34 @@ REFUSED = [
 ]
 
 
+def test_cached_blocks_with_steered_tokens_are_not_read_by_others(vectors, lm):
+    """Blocks of 32 tokens and a long instruction, so that there is something to share."""
+    llm = llm_of(vectors, block_size=32, disable_log_stats=False)
+    try:
+        long = lm.prompt(EVIL.eval_questions[0], " ".join(EVIL.extract_questions[:12]))
+        ids = [lm.tokenizer(long, add_special_tokens=False).input_ids]
+        assert len(ids[0]) > 96
+        specs = ["", f"one:1@{LAYER}", f"one:1@{LAYER};positions=all", f"two:1@{LAYER};positions=all", ""]
+
+        def hits():
+            return next(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+
+        def run(spec):
+            before = hits()
+            text = answers_of(llm, ids, 48, **({"steer": spec} if spec else {}))[0][0]
+            return text, hits() - before
+
+        first = [run(spec) for spec in specs]
+        again = [run(spec) for spec in specs]
+        print([int(n) for _, n in first], [int(n) for _, n in again])
+        assert [text for text, _ in again] == [text for text, _ in first] and first[0][0] == first[4][0]
+        assert first[1][1] > 0 and first[2][1] == first[3][1] == 0  # shared before the prompt's end; not at all
+        assert all(n > 0 for _, n in again)
+        assert len({text for text, _ in first}) > 2
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("extra, words", REFUSED)
 def test_what_cannot_be_applied_is_refused(server, extra, words, stream):
@@ -428,6 +456,7 @@ def test_two_workers_steer_alike(lm, vectors, monkeypatch):
         ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
         got = [text for text, _ in answers_of(llm, ids, 12, steer=f"one:1@{LAYER}")]
         assert all(want.startswith(text.strip()) for want, text in zip(steered(lm, prompts, vectors), got))
+        assert got != [text for text, _ in answers_of(llm, ids, 12)] and all(got)
         assert len(answers_of(llm, ids, 12, monitor="two@2")[0][1]["two@2"]) == 12
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -222,7 +222,7 @@ REFUSED = [
 
 def test_cached_blocks_with_steered_tokens_are_not_read_by_others(vectors, lm):
     """Blocks of 32 tokens and a long instruction, so that there is something to share."""
-    llm = llm_of(vectors, block_size=32, disable_log_stats=False)
+    llm = llm_of(vectors, block_size=32, max_model_len=512, disable_log_stats=False)
     try:
         long = lm.prompt(EVIL.eval_questions[0], " ".join(EVIL.extract_questions[:12]))
         ids = [lm.tokenizer(long, add_special_tokens=False).input_ids]
@@ -454,8 +454,8 @@ def test_two_workers_steer_alike(lm, vectors, monkeypatch):
     try:
         prompts = questions(lm, 2)
         ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-        got = [text for text, _ in answers_of(llm, ids, 12, steer=f"one:1@{LAYER}")]
-        assert all(want.startswith(text.strip()) for want, text in zip(steered(lm, prompts, vectors), got))
+        got = [text for text, _ in answers_of(llm, ids, 12, steer=f"one:3@{LAYER}")]
+        assert all(want.startswith(text.strip()) for want, text in zip(steered(lm, prompts, vectors, 3.0), got))
         assert got != [text for text, _ in answers_of(llm, ids, 12)] and all(got)
         assert len(answers_of(llm, ids, 12, monitor="two@2")[0][1]["two@2"]) == 12
     finally:

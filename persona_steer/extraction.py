@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .base.cache import Cache
+from .base.cache import Cache, set_aside
 from .base.core import check, digest, load_json, provenance
 from .judges.judging import Judge, add_scores, work_line
 from .lm.activations import POOLS
@@ -245,14 +245,10 @@ def _set_aside(folder: Path, trait: str, key: str):
     "Move an extraction from other inputs to earlier/{its key}: results that were made with it still name that key."
     known = load_json(folder / f"{trait}_vectors.json", {})
     if known and known.get("key") != key:
-        earlier = folder / "earlier" / (known.get("key") or digest(known))
-        earlier.mkdir(parents=True, exist_ok=True)
-        print(f"{folder} held vectors from other settings: they are in {earlier} now.")
         endings = [f"{k}_diff.pt" for k in POOLS] + ["pos.csv", "neg.csv", "vectors.json"]
         # what describes them goes with them
-        for file in (folder / name for name in [*(f"{trait}_{x}" for x in endings), "summary.json", "provenance.json"]):
-            if file.exists():
-                file.replace(earlier / file.name)
+        names = [*(f"{trait}_{x}" for x in endings), "summary.json", "provenance.json"]
+        set_aside(folder, known.get("key") or digest(known), names, "vectors")
 
 # %% ../nbs/02_extract.ipynb #915d2dc0
 def load_extraction(folder: Path | str, trait: str) -> Extraction:

@@ -1,11 +1,15 @@
-"""An OpenAI-compatible endpoint that misbehaves on purpose: the model's name says how."""
+"""Servers for tests: an OpenAI-compatible endpoint that misbehaves on purpose (the model's name says how), and the real
+vLLM."""
 
 import hashlib
 import json
 import math
 import random
+import socket
+import subprocess
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -150,3 +154,23 @@ def serving(**kw):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def start_vllm(command: list[str], log) -> tuple:  # the process, http://host:port
+    """Start a server of vLLM's on a free port and wait till it answers; what it says goes into `log`."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with open(log, "w") as out:
+        asked = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        process = subprocess.Popen(asked, stdout=out, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(1200):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+            return process, url
+        except OSError:
+            time.sleep(0.5)
+    process.kill()
+    raise TimeoutError(log.read_text()[-3000:])

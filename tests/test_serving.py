@@ -235,7 +235,7 @@ def test_blocks_of_the_cache_are_kept_apart_where_they_hold_steered_tokens():
     def keys(text, prompt=40):
         params = type("P", (), {"extra_args": {"steer": text}})()
         check_request(served, params, prompt)
-        return [block_key(params.extra_args, prompt, at, at + 16) for at in range(0, 64, 16)]
+        return [block_key(params.extra_args, end) for end in range(16, 80, 16)]
 
     plain, response = keys(""), keys("evil:1@2")
     assert plain == [""] * 4 and response[:2] == ["", ""] and all(response[2:])
@@ -254,7 +254,7 @@ def test_what_a_client_writes_into_the_inner_arguments_is_not_believed():
     for extra in ({"steer_key": "x"}, {"steer_key": "x", "steer": ""}, {"steer_slots": 3}):
         params = type("P", (), {"extra_args": extra})()
         check_request(served, params, 5)
-        assert not params.extra_args["steer_key"] and block_key(params.extra_args, 5, 0, 16) == ""
+        assert not params.extra_args["steer_key"] and block_key(params.extra_args, 16) == ""
     for pool in ("x", {"pool": "x", "pool_tokens": 3}):
         with pytest.raises(PersonaError, match="does not pool"):
             check_request(served, type("P", (), {"extra_args": {"pool": pool}})(), 5)

@@ -5,7 +5,6 @@
 # %% ../../nbs/app/00_live_generation.ipynb #962a49ea
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..base.core import PersonaError, check, unknown_name
-from ..base.http_client import address, plain_error
+from ..base.http_client import address, api_key, plain_error
 from ..lm.activations import Steering, steer
 from ..lm.generation import SamplingParams, generate, stop_ids, text_of
 from ..lm.models import LoadedModel
@@ -133,7 +132,7 @@ def connect(name: str) -> ServedModel:  # http://host:8000/v1, with #model for o
     import openai
 
     url, _, model = name.partition("#")
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0, timeout=10)
+    client = openai.OpenAI(base_url=url, api_key=api_key(url), max_retries=0, timeout=10)
     try:
         about = client.get("/steering", cast_to=object)
         return ServedModel(url, model or client.models.list().data[0].id, about)
@@ -156,7 +155,7 @@ def add_event(answer: Answer, choice: dict, watched: str):
         answer.pieces += [text, *[""] * (tokens - 1)]
     answer.values += (choice.get("projections") or {}).get(watched, [])
 
-
+# %% ../../nbs/app/00_live_generation.ipynb #8a3d7c7c
 def answer_served(
     model: ServedModel,
     request: LiveRequest,
@@ -201,7 +200,7 @@ def _stream(model: ServedModel, request: LiveRequest, steer: str, watched: str):
     "The events of one answer."
     import openai
 
-    client = openai.OpenAI(base_url=model.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=0)
+    client = openai.OpenAI(base_url=model.url, api_key=api_key(model.url), max_retries=0)
     system = [{"role": "system", "content": request.system}] if request.system else []
     s = request.sampling
     try:

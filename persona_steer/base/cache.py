@@ -14,7 +14,7 @@ from pathlib import Path
 from .core import PersonaError, atomic_path, digest, load_json, run_parameters, save_json
 
 # %% auto #0
-__all__ = ['STATES', 'SETTINGS', 'ELSEWHERE', 'Cache', 'ResumableRun', 'check_writable', 'own_results']
+__all__ = ['STATES', 'SETTINGS', 'ELSEWHERE', 'Cache', 'ResumableRun', 'check_writable', 'own_results', 'set_aside']
 
 # %% ../../nbs/base/01_cache.ipynb #8c797f3b
 class Cache:
@@ -155,13 +155,13 @@ def own_results(
     key = digest(parameters, made_from)
     known = load_json(folder / SETTINGS, {})
     if known and known["key"] != key:
-        _set_aside(folder, known)
+        set_aside(folder, known["key"], [n for n in _names(folder) if n not in known["others"]])
     if known.get("key") != key:
         others = known.get("others", _names(folder))
         save_json(folder / SETTINGS, {"key": key, "parameters": parameters, "made_from": made_from, "others": others})
     return folder
 
-
+# %% ../../nbs/base/01_cache.ipynb #436e3e25
 def _names(folder: Path) -> list[str]:
     "Names in a folder that are neither hidden, nor notebooks, nor a batch's."
     if not folder.is_dir():
@@ -170,12 +170,11 @@ def _names(folder: Path) -> list[str]:
     return [n for n in names if not n.startswith(".") and not n.endswith((".ipynb", ".log")) and n != "job.json"]
 
 
-def _set_aside(folder: Path, settings: dict):
-    "Move the results that were made with some settings to a folder named by their key."
-    earlier = folder / "earlier" / settings["key"]
+def set_aside(folder: Path, key: str, names: list[str], what: str = "results"):
+    "Move those of these files that are there to earlier/{key}, and say so."
+    earlier = folder / "earlier" / key
     earlier.mkdir(parents=True, exist_ok=True)
-    for name in _names(folder):
-        path = folder / name
-        if name not in settings["others"] and path.is_file():
-            path.replace(earlier / name)
-    print(f"{folder} held results from other settings: they are in {earlier} now.")
+    for name in names:
+        if (folder / name).is_file():
+            (folder / name).replace(earlier / name)
+    print(f"{folder} held {what} from other settings: they are in {earlier} now.")

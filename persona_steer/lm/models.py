@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..base.blocks import block_lists
 from persona_steer.base.core import (
     OWNER,
     PersonaError,
@@ -35,13 +36,10 @@ from ..base.http_client import hub_problem
 from .gguf_files import PACKAGED, model_folder, packaged_model
 
 # %% auto #0
-__all__ = ['TOWERS', 'PLAIN', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_reasoning', 'one_token',
-           'LoadedModel', 'fingerprint', 'resolve_model', 'hub_lacks', 'wrap_model', 'load_model', 'on_off']
+__all__ = ['PLAIN', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_reasoning', 'one_token', 'LoadedModel',
+           'fingerprint', 'resolve_model', 'hub_lacks', 'wrap_model', 'load_model', 'on_off']
 
 # %% ../../nbs/lm/01_models.ipynb #325691e6
-TOWERS = ("vision", "visual", "image", "audio", "encoder", "mtp")
-
-
 def text_config(model: nn.Module):
     "The config of the language model, also inside a multimodal wrapper."
     return model.config.get_text_config(decoder=True)
@@ -61,12 +59,7 @@ def find_blocks(
             ) from None
         return model.get_submodule(path.rpartition(".")[0]), blocks
     depth = text_config(model).num_hidden_layers
-    found = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == depth and len({type(x) for x in m}) == 1
-    ]
-    found = [n for n in found if not any(t in n for t in TOWERS) and not any(n.startswith(f"{o}.") for o in found)]
+    found = block_lists(model, depth)
     check(
         len(found) == 1,
         f"the {depth} transformer blocks of {type(model).__name__} could not be told apart "

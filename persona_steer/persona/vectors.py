@@ -5,14 +5,14 @@
 # %% ../../nbs/persona/01_vectors.ipynb #25d8122a
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from ..base.core import PersonaError, atomic_path, check, check_name, load_json, save_json
+from ..base.core import atomic_path, check, check_name, load_json, save_json
 from ..lm.activations import POOLS
+from ..serving.vectors import read_vector, vector_digest
 
 # %% auto #0
 __all__ = ['random_like', 'PersonaVectors', 'vector_file', 'save_vectors', 'load_vector', 'load_vectors']
@@ -37,10 +37,7 @@ class PersonaVectors:
     @property
     def content_hash(self) -> str:  # 12 hexadecimal digits
         "A digest of the values: what results depend on."
-        h = hashlib.sha256()
-        for k in POOLS:
-            h.update(getattr(self, k).float().contiguous().cpu().numpy().tobytes())
-        return h.hexdigest()[:12]
+        return vector_digest(torch.cat([getattr(self, k) for k in POOLS]))
 
     @property
     def origin(self) -> str:
@@ -112,12 +109,7 @@ def load_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidde
     there = sorted(p.name.removesuffix("_response_avg_diff.pt") for p in path.parent.glob("*_response_avg_diff.pt"))
     has = f"{path.parent} has vectors of {', '.join(there)}" if there else f"there are no vectors in {path.parent}"
     check(path.exists(), f"{path} does not exist; {has}.")
-    try:
-        v = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e:
-        raise PersonaError(f"{path} is no tensor file that can be loaded safely ({type(e).__name__}).") from None
-    check(isinstance(v, torch.Tensor) and v.dim() == 2, f"{path} must hold one tensor [layers + 1, hidden].")
-    return v.float()
+    return read_vector(path)
 
 # %% ../../nbs/persona/01_vectors.ipynb #d71fa301
 def load_vectors(folder: Path | str, trait: str) -> PersonaVectors:

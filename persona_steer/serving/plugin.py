@@ -10,7 +10,7 @@ import contextvars
 import functools
 
 from ..base.core import PersonaError, check
-from .specification import Limits, parse_monitoring, parse_steering
+from .specification import Limits
 from .steps import steered_range
 from .vectors import served_vectors, vector_digest
 from .worker import KEY, check_version
@@ -58,16 +58,13 @@ class Served:
         return f"{spec};" + ",".join(self.digests[t.name] for t in spec.terms) if spec else ""
 
 # %% ../../nbs/serving/04_plugin.ipynb #37a1d6bf
-OWN = {"steer", "monitor", "pool", "steer_key", "steer_slots"}
+OWN = {"steer", "monitor", "pool", "steer_key", "steer_from", "steer_slots"}
 
 
 def check_request(served: Served, params, prompt_length: int | None):
     "Check a request's extra arguments and write them in their standard form; raises `PersonaError`."
     extra = params.extra_args or {}
-    spec, monitors = parse_steering(extra.get("steer") or ""), parse_monitoring(extra.get("monitor") or "")
-    if spec:
-        served.limits.check_steering(spec)
-    served.limits.check_monitoring(monitors)
+    spec, monitors = served.limits.read(extra)
     asked = spec or monitors or extra.get("pool")
     known = not asked or prompt_length
     check(known, "prompts given as embeddings cannot be steered or monitored: give text or tokens.")
@@ -78,17 +75,15 @@ def check_request(served: Served, params, prompt_length: int | None):
     if set(extra) & OWN:
         keep = {k: v for k, v in extra.items() if k not in OWN}
         mine = dict(steer=str(spec) if spec else "", steer_key=served.key(spec), steer_slots=served.slots)
+        mine["steer_from"] = steered_range(spec, prompt_length)[0] if spec else 0
         monitor = ",".join(f"{n}@{l}" for n, l in monitors)
         params.extra_args = keep | mine | dict(monitor=monitor, pool=extra.get("pool") or {})
 
 # %% ../../nbs/serving/04_plugin.ipynb #8a34c91d
-def block_key(extra: dict, prompt_length: int, start: int, end: int) -> str:
-    "What a block of tokens start to end has in its hash; empty before the first steered token."
+def block_key(extra: dict, end: int) -> str:
+    "What a block of tokens before `end` has in its hash; empty before the first steered token."
     key = extra.get("steer_key")
-    if not key or not extra.get("steer"):
-        return ""
-    first, _ = steered_range(parse_steering(extra["steer"]), prompt_length)
-    return key if end > first else ""
+    return key if key and end > extra["steer_from"] else ""
 
 # %% ../../nbs/serving/04_plugin.ipynb #f083a9e9
 COLLECTED = contextvars.ContextVar("persona_steer_collected", default=None)  # {(request, index): {"evil@20": [..]}}
@@ -173,7 +168,7 @@ def _follow_cache():
     def _(generate_keys):
         def keys_with_steering(request, start, end, *args):
             keys, at = generate_keys(request, start, end, *args)
-            key = block_key(_extra(request), request.num_prompt_tokens, start, end)
+            key = block_key(_extra(request), end)
             return ((*(keys or ()), ("persona_steer", key)) if key else keys), at
 
         return keys_with_steering
@@ -217,12 +212,13 @@ def _follow_outputs():
     def _(process_outputs):
         def put_together(self, engine_core_outputs, *args, **kwargs):
             for o in engine_core_outputs:
-                found = (o.kv_transfer_params or {}).pop(KEY, None)
-                o.kv_transfer_params = o.kv_transfer_params or None
-                state = self.request_states.get(o.request_id)
-                if found and state is not None:
-                    add_projections(state.projections, found)
-                    observe(found)
+                if o.kv_transfer_params and KEY in o.kv_transfer_params:
+                    found = o.kv_transfer_params.pop(KEY)
+                    o.kv_transfer_params = o.kv_transfer_params or None
+                    state = self.request_states.get(o.request_id)
+                    if state is not None:
+                        add_projections(state.projections, found)
+                        observe(found)
             return process_outputs(self, engine_core_outputs, *args, **kwargs)
 
         return put_together

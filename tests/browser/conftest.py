@@ -87,27 +87,38 @@ def dashboard(folder, request):
     return name
 
 
-SLOWLY = """
+HELD = """import time
+from pathlib import Path
 
-import time
-
-_answer_at_once = answer_live
+from persona_steer.app import dashboard, live_generation
 
 
-def answer_live(lm, request, vectors, show):
-    return _answer_at_once(lm, request, vectors, lambda answers: time.sleep(0.1) or show(answers))
+def answer_held(lm, request, vectors, show):
+    def held(answers):
+        while Path("hold").exists() and not show(answers):
+            time.sleep(0.05)
+        return show(answers)
+
+    return live_generation.answer_live(lm, request, vectors, held)
+
+
+dashboard.answer_live = answer_held
+
 """
 
 
 @pytest.fixture
-def slow_dashboard(folder, dashboard):
-    """The same, a token taking a tenth of a second: pocket's answers would be over before a click arrives."""
+def held_dashboard(folder, dashboard):
+    """The same, and the file that is returned: while it exists, an answer waits at its first token until it is stopped.
+    Pocket's answers would be over before a click arrives."""
     notebook = json.loads((folder / dashboard).read_text(encoding="utf-8"))
-    mark = "from persona_steer.app.live_generation import"
-    imports = next(c for c in notebook["cells"] if mark in "".join(c["source"]))
-    imports["source"] = ["".join(imports["source"]) + SLOWLY]
+    mark = "from persona_steer.app.dashboard import Dashboard"
+    cell = next(c for c in notebook["cells"] if mark in "".join(c["source"]))
+    cell["source"] = [HELD + "".join(cell["source"])]
     (folder / dashboard).write_text(json.dumps(notebook), encoding="utf-8")
-    return dashboard
+    hold = folder / "hold"
+    yield dashboard, hold
+    hold.unlink(missing_ok=True)
 
 
 def serve(folder, *command):

@@ -6,97 +6,20 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
 
-from ..base.core import PersonaError, check
-from .models import LoadedModel
-from .routing import BatchRouting, routing_of
+from ..base.core import PersonaError, check, digest
+from .gates import Gate, GateReader
+from .models import LoadedModel, text_config
+from .operations import MODES, SteeringTerm, check_term, scale_back
+from .positions import PositionTracker, check_positions, span_table
 
 # %% auto #0
-__all__ = ['POOLS', 'MODES', 'PositionTracker', 'hidden', 'ActivationPooler', 'SteeringTerm', 'Steering', 'add', 'ablate',
-           'validate_vector', 'check_steering', 'steer', 'is_steered', 'steers_prompts', 'prompts_differ']
-
-# %% ../../nbs/lm/03_activations.ipynb #2bd3c1fb
-class PositionTracker:
-    "Follows a sequence through the calls of a model."
-
-    def __init__(
-        self,
-        start: torch.Tensor | int | None = None,  # first response column, per row
-        stop_ids=(),  # a row is over when it reads one of these in its response
-    ):
-        self.given, self.stop = start, torch.tensor(sorted(stop_ids), dtype=torch.long)
-        self.total, self.ids, self.over, self.calls, self.route = 0, None, None, 0, None
-
-    def attach(self, base_model) -> object:
-        "Register on the base model; returns the handle."
-        return base_model.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def _before(self, base_model, args, kwargs):
-        route = routing_of(base_model)
-        ids, seen, mask = (route.ids, route.ids, route.mask) if route else self._passing(args, kwargs)
-        q, first = seen.shape[1], mask.shape[1] - seen.shape[1]
-        if route is not self.route or not (route or self._continues(seen, first)):
-            self._begin(route, *mask.shape, seen.device)
-        # of the batch: those that are served, and one for each that passes
-        self.rows, self.representative_row = (
-            (route.rows, route.representative_row) if route else (slice(None), slice(None))
-        )
-        self.cols = torch.arange(first, first + q, device=seen.device)
-        self.real = mask[:, -q:].bool()
-        # columns not seen before (all of them with a cache)
-        self.fresh = self.real if route else (self.cols >= self.total)[None] & self.real
-        self._finish(ids, first + q)
-        self.total, self.ids, self.calls = first + q, seen, self.calls + 1
-
-    def _passing(self, args, kwargs) -> tuple:
-        # token ids or None, ids or what stands for them, mask of the whole sequence
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        seen = ids if ids is not None else kwargs["inputs_embeds"][..., 0]
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            mask = torch.ones(len(seen), int(past) + seen.shape[1], device=seen.device)
-        return ids, seen, mask
-
-    def _continues(self, seen, first: int) -> bool:
-        if self.ids is None or len(seen) != len(self.ids):
-            return False
-        if first > 0:
-            return True
-        return seen.shape[1] == self.ids.shape[1] + 1 and torch.equal(seen[:, :-1], self.ids)
-
-    def _begin(self, route: BatchRouting | None, rows: int, width: int, device):
-        self.route, self.stop, n = route, self.stop.to(device), route.n if route else rows
-        start = route.start if route else width if self.given is None else self.given
-        # the first and the last answer begin here
-        self.first, self.until = (int(x) for x in torch.as_tensor(start).aminmax())
-        self.start = torch.as_tensor(start, device=device).expand(n)
-        self.total, self.over = 0, torch.zeros(n, dtype=torch.bool, device=device)
-
-    def _finish(self, ids, end: int):
-        "Mark the rows that have read a stop token; this token and what follows is not part of the response."
-        self.alive = True
-        if end <= self.first or ids is None or not len(self.stop):
-            return
-        ended = (torch.isin(ids, self.stop) & self.after(0)).cumsum(1) > 0
-        self.alive = ~(ended | self.over[self.rows, None])  # bool [passing, columns of this call]
-        self.over[self.rows] |= ended[:, -1]
-
-    def after(self, offset: int) -> torch.Tensor:  # bool [rows, columns of this call]
-        "Columns of the response, its start moved by some columns."
-        return self.cols >= self.start[self.representative_row, None] + offset
-
-    def where(self, positions: str) -> torch.Tensor:  # bool [rows, columns of this call]
-        "Tokens to steer in this call."
-        if positions == "all":
-            return self.real
-        if positions == "prompt":
-            return self.real & ~self.after(0)
-        return self.real & self.after(-1)
+__all__ = ['POOLS', 'hidden', 'ActivationPooler', 'Steering', 'validate_vector', 'check_steering', 'steer', 'is_steered',
+           'steers_prompts', 'prompts_differ']
 
 # %% ../../nbs/lm/03_activations.ipynb #828ef9ac
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
@@ -201,23 +124,6 @@ class ActivationPooler:
 # %% ../../nbs/lm/03_activations.ipynb #5357d426
 _OPEN: WeakKeyDictionary = WeakKeyDictionary()  # base model -> the steerings that are open on it
 
-
-@dataclass
-class SteeringTerm:
-    "One vector at one layer with its coefficient: a number, or one per row."
-
-    layer: int
-    vector: torch.Tensor  # [hidden]
-    coefficient: torch.Tensor  # [] or [rows]
-
-    def select(self, rows) -> SteeringTerm:
-        "The same term for some rows of the batch."
-        return (
-            SteeringTerm(self.layer, self.vector, self.coefficient[torch.as_tensor(rows)])
-            if self.coefficient.dim()
-            else self
-        )
-
 # %% ../../nbs/lm/03_activations.ipynb #1ce5e459
 @dataclass(eq=False)
 class Steering:
@@ -225,23 +131,51 @@ class Steering:
 
     lm: LoadedModel = field(repr=False)
     terms: list[SteeringTerm]
-    positions: str = "response"  # response, prompt or all
+    positions: str | torch.Tensor = "response"  # see `lm.positions`
     mode: str = "add"  # a name in MODES
     start: object = None  # first response column per row; None: the end of the first chunk
+    keep_norm: bool = False  # scale each changed token back to its length
+    when: Gate | None = None  # steer only rows that pass it
+    outside: tuple[str, ...] = ()  # not inside these spans: json, think, tool_call
+    span_changes: torch.Tensor | None = field(default=None, repr=False)  # their `span_table`
     _open: list = field(default_factory=list, repr=False)
 
     def rows(self, index) -> Steering:
         "The same steering for some rows of the batch."
-        return Steering(self.lm, [t.select(index) for t in self.terms], self.positions, self.mode)
+        masked = isinstance(self.positions, torch.Tensor)
+        positions = self.positions[torch.as_tensor(index)] if masked else self.positions
+        return replace(self, terms=[t.select(index) for t in self.terms], positions=positions, start=None, _open=[])
+
+    @property
+    def reads_prompts(self) -> bool:
+        "Does it touch more of a prompt than its last token, or depend on the prompt's tokens?"
+        late = isinstance(self.positions, str) and self.positions.startswith("response")
+        return not late or bool(self.when or self.outside)
+
+    def facts(self) -> list:
+        "What it does, as values of which a digest can be made."
+        positions = self.positions.tolist() if isinstance(self.positions, torch.Tensor) else self.positions
+        terms = [(t.layer, digest(t.vector.tolist()), t.coefficient.tolist()) for t in self.terms]
+        more = [t.limits for t in self.terms if t.limits], self.keep_norm, list(self.outside)
+        gate = self.when and [digest(self.when.vector.tolist()), self.when.layer, self.when.threshold, self.when.above]
+        return [positions, self.mode, terms, *([*more, gate] if any(more) or gate else [])]
 
     def __enter__(self):
-        tracker, fired, layers = PositionTracker(self.start), set(), {t.layer for t in self.terms}
+        tracker, fired, layers = (
+            PositionTracker(self.start, spans=self.span_changes),
+            set(),
+            {t.layer for t in self.terms},
+        )
+        gate = GateReader(self.when, tracker) if self.when else None
         with ExitStack() as stack:
             stack.callback(tracker.attach(self.lm.base_model).remove)
             for layer in sorted(layers):
-                hook = self._hook(layer, [t for t in self.terms if t.layer == layer], tracker, fired)
+                hook = self._hook(layer, [t for t in self.terms if t.layer == layer], tracker, fired, gate)
                 # first in line, so that pooling and Hugging Face's own capture see what the next block sees
                 stack.callback(self.lm.blocks[layer - 1].register_forward_hook(hook, prepend=True).remove)
+            if gate:  # the last one to be put first in line: it reads the layer before it is steered
+                read = lambda block, args, out: gate.read(hidden(out))  # noqa: E731
+                stack.callback(self.lm.blocks[gate.gate.layer - 1].register_forward_hook(read, prepend=True).remove)
             self._open.append((stack.pop_all(), tracker, fired, layers))
         _OPEN.setdefault(self.lm.base_model, []).append(self)
         return self
@@ -254,6 +188,11 @@ class Steering:
                 f"steering has {t.coefficient.numel()} coefficients "
                 f"(one per row) but the batch has {n} rows: give one number, or one per row.",
             )
+        masked = isinstance(self.positions, torch.Tensor)
+        check(
+            not masked or len(self.positions) == n,
+            f"positions are a mask of {len(self.positions)} rows but the batch has {n} rows.",
+        )
 
     def passes(self) -> int:
         """Forward passes that were steered, at every layer, since the innermost open context was entered; 0 if a layer
@@ -271,7 +210,15 @@ class Steering:
             "does not call these blocks; name its blocks with load_model(..., blocks='path.to.layers').",
         )
 
-    def _hook(self, layer: int, terms: list[SteeringTerm], tracker: PositionTracker, fired: set):
+    def _where(self, tracker: PositionTracker, gate: GateReader | None) -> torch.Tensor:  # bool [passing, tokens, 1]
+        where = tracker.where(self.positions)
+        if self.outside:
+            where = where & tracker.outside
+        if gate:
+            where = where & gate.passing().to(where.device)[:, None]
+        return where[..., None]
+
+    def _hook(self, layer: int, terms: list, tracker: PositionTracker, fired: set, gate: GateReader | None = None):
         operate = MODES[self.mode]
         ready = {}  # what does not change from call to call
 
@@ -280,42 +227,14 @@ class Steering:
             fired.add(layer)
             place = h.device, h.dtype, torch.is_inference_mode_enabled()  # an inference tensor cannot serve in training
             if place not in ready:
-                ready[place] = [SteeringTerm(layer, t.vector.to(h), t.coefficient.to(h)) for t in terms]
+                ready[place] = [replace(t, vector=t.vector.to(h), coefficient=t.coefficient.to(h)) for t in terms]
             self.check_rows(len(tracker.over))
-            new = operate(
-                h,
-                [t.select(route.representative_row.to(h.device)) if route else t for t in ready[place]],
-                tracker.where(self.positions)[..., None],
-            )
+            rows = [t.select(route.representative_row.to(h.device)) if route else t for t in ready[place]]
+            new = operate(h, rows, self._where(tracker, gate))
+            new = scale_back(h, new) if self.keep_norm else new
             return (new, *out[1:]) if isinstance(out, tuple) else new
 
         return hook
-
-# %% ../../nbs/lm/03_activations.ipynb #9dbfa47f
-def _column(t: SteeringTerm, h: torch.Tensor) -> tuple:  # coefficient [rows or 1, 1, 1] and vector [hidden] as h is
-    return t.coefficient.to(h).reshape(-1, 1, 1), t.vector.to(h)
-
-
-def add(
-    h: torch.Tensor,  # [rows, tokens, hidden]
-    terms: list[SteeringTerm],
-    where: torch.Tensor,  # bool [rows, tokens, 1]
-) -> torch.Tensor:
-    "h + sum of c v where `where` holds; out of place, in h's dtype and on its device."
-    delta = sum(c * v for c, v in (_column(t, h) for t in terms))
-    return h + where.to(h.device, h.dtype) * delta
-
-
-def ablate(h: torch.Tensor, terms: list[SteeringTerm], where: torch.Tensor) -> torch.Tensor:
-    "h - c (h . u) u with u = v / |v|, one term after the other, where `where` holds."
-    for c, v in (_column(t, h) for t in terms):
-        u = (v.float() / v.float().norm()).to(h.dtype)
-        h = h - where.to(h.device, h.dtype) * c * (h @ u)[..., None] * u
-    return h
-
-
-# by name, for `steer`, `table_steering` and training configurations; another mode is a function and a line here
-MODES = {"add": add, "ablate": ablate}
 
 # %% ../../nbs/lm/03_activations.ipynb #bc19bb9b
 def validate_vector(vector, lm: LoadedModel) -> torch.Tensor:  # float32 [hidden] or [layers + 1, hidden], as given
@@ -355,12 +274,9 @@ def _coefficient(c) -> torch.Tensor:  # [] or [rows]
         raise PersonaError(f"the coefficient {c!r} is no number: give a number, or one per row.") from None
 
 # %% ../../nbs/lm/03_activations.ipynb #9bb5f8c2
-def check_steering(positions: str, mode: str):
+def check_steering(positions, mode: str):
     "Raise `PersonaError` for positions or a mode that do not exist."
-    check(
-        positions in ("response", "prompt", "all"),
-        f"positions '{positions}' is unknown: use 'response', 'prompt' or 'all'.",
-    )
+    check_positions(positions)
     known = " or ".join(f"'{m}'" for m in MODES)
     check(mode in MODES, f"mode '{mode}' is unknown: use {known}.")
 
@@ -370,8 +286,13 @@ def steer(
     vectors,  # [hidden], [layers + 1, hidden], or a list of such
     layers: int | list[int],  # 1-based; a list: one per vector, or one vector at several layers
     coefficients=1.0,  # a number, one per row of the batch (tensor), or a list: one of these per vector
-    positions: str = "response",
-    mode: str = "add",
+    positions: str | torch.Tensor = "response",  # see `lm.positions`
+    mode: str = "add",  # a name in MODES, see `lm.operations`
+    *,
+    limits: tuple[float, float] | None = None,  # for mode "cap": the projections that are left as they are
+    keep_norm: bool = False,  # scale each changed token back to its length
+    when: Gate | None = None,  # steer only rows whose prompt passes it
+    outside: tuple[str, ...] = (),  # not inside these spans: "json", "think", "tool_call"
 ) -> Steering:
     "Steering as a context manager; raises `PersonaError` for a layer, width or position that does not exist."
     check_steering(positions, mode)
@@ -387,12 +308,21 @@ def steer(
     )
     for l in layers:
         lm.check_layer(l)
-    terms = [SteeringTerm(l, _row(v, l, lm), _coefficient(c)) for v, l, c in zip(vectors, layers, coefficients)]
+    terms = [SteeringTerm(l, _row(v, l, lm), _coefficient(c), limits) for v, l, c in zip(vectors, layers, coefficients)]
     for t in terms:
-        check(torch.isfinite(t.coefficient).all(), f"the coefficients at layer {t.layer} hold NaN or infinite values.")
-        direction = mode == "add" or bool(t.vector.any())
-        check(direction, f"the vector is 0 at layer {t.layer}: it has no direction, which mode '{mode}' needs.")
-    return Steering(lm, terms, positions, mode)
+        check_term(t, mode)
+    return _modified(Steering(lm, terms, positions, mode), keep_norm, when, outside)
+
+
+def _modified(steering: Steering, keep_norm: bool, when: Gate | None, outside) -> Steering:
+    "The steering with its modifiers, which are checked."
+    lm, spans = steering.lm, (outside,) if isinstance(outside, str) else tuple(outside)
+    if when:
+        lm.check_layer(when.layer)
+        when = replace(when, vector=_row(when.vector, when.layer, lm))
+        when.check([t.layer for t in steering.terms], steering.positions)
+    table = span_table(lm.tokenizer, text_config(lm.model).vocab_size, spans) if spans else None
+    return replace(steering, keep_norm=keep_norm, when=when, outside=spans, span_changes=table)
 
 # %% ../../nbs/lm/03_activations.ipynb #f7f04ba9
 def is_steered(base_model) -> bool:
@@ -402,9 +332,7 @@ def is_steered(base_model) -> bool:
 
 def steers_prompts(base_model) -> bool:
     "Does an open steering touch more of a prompt than its last token, or each row in its own way?"
-    return any(
-        s.positions != "response" or any(t.coefficient.dim() for t in s.terms) for s in _OPEN.get(base_model, [])
-    )
+    return any(s.reads_prompts or any(t.coefficient.dim() for t in s.terms) for s in _OPEN.get(base_model, []))
 
 
 def prompts_differ(base_model, n: int) -> list:
@@ -412,8 +340,10 @@ def prompts_differ(base_model, n: int) -> list:
     "For each row, a key of what open steerings do to its prompt; steering of the response alone does nothing to it."
     for s in _OPEN.get(base_model, []):
         s.check_rows(n)
-    steered = [s for s in _OPEN.get(base_model, []) if s.positions != "response"]
+    steered = [s for s in _OPEN.get(base_model, []) if s.reads_prompts]
+    masked = [s.positions for s in steered if isinstance(s.positions, torch.Tensor)]
     return [
         tuple(t.coefficient[i].item() if t.coefficient.dim() else None for s in steered for t in s.terms)
+        + tuple(tuple(mask[i].tolist()) for mask in masked)
         for i in range(n)
     ]

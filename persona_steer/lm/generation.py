@@ -259,13 +259,8 @@ def cached_part(cache: Cache | None, i: int, make: Callable) -> GenerationOutput
 
 def run_fingerprint(lm: LoadedModel, steering: Steering | None) -> list:
     "What a result depends on besides prompts and sampling: the model and the steering."
-    terms = [(t.layer, digest(t.vector.tolist()), t.coefficient.tolist()) for t in steering.terms] if steering else []
-    return [
-        lm.fingerprint,
-        lm.template_hash,
-        str(lm.model.dtype),
-        (steering.positions, steering.mode, terms) if steering else None,
-    ]
+    steered = tuple(steering.facts()) if steering else None
+    return [lm.fingerprint, lm.template_hash, str(lm.model.dtype), steered]
 
 
 def check_context(lm: LoadedModel, prompt: int, answer: int, advice: str = "shorten the prompt or the answer"):

@@ -34,11 +34,15 @@ def _answer_logprobs(lm: LoadedModel, pairs: list):  # yields row, float32 [answ
 
 
 def reference_texts(
-    lm: LoadedModel, questions: list[str], sampling: SamplingParams = SamplingParams(), folder=None
+    lm: LoadedModel,
+    questions: list[str],
+    sampling: SamplingParams = SamplingParams(),
+    folder=None,
+    systems: list[str] | None = None,  # a system prompt for each question; None: none
 ) -> ReferenceTexts:
     """Have the unsteered model answer some questions; the predictions of about 500 tokens take 100 MB for a vocabulary
     of 50,000."""
-    prompts = [lm.prompt(q) for q in questions]
+    prompts = [lm.prompt(q, s) for q, s in zip(questions, systems or [""] * len(questions), strict=True)]
     answers = generate(lm, prompts, sampling, seeds=list(questions), folder=folder, label="reference answers").texts
     pairs = [encode_pair(lm.tokenizer, p, a) for p, a in zip(prompts, answers) if a.strip()]
     check(pairs, f"{lm.name} answers nothing to these questions, so it cannot be measured how far steering moves it.")
@@ -118,6 +122,12 @@ def coefficients_for_kl(
     texts: ReferenceTexts,
     positions: str = "response",
     guess: float = 1.0,
+    sign: int = 1,  # -1: subtract the vector, or turn away from it; the coefficients that are returned are negative
+    **operation,  # as `steer` takes them: mode, limits, keep_norm
 ) -> dict:  # target -> (coefficient, divergence there)
-    "The coefficients at which adding the vector at a layer moves the model by each target, in nats per token."
-    return calibrate(lambda c: kl_divergence(lm, steer(lm, vector, layer, c, positions), texts), targets, guess)
+    "The coefficients at which steering with the vector at a layer moves the model by each target, in nats per token."
+
+    def measure(c):
+        return kl_divergence(lm, steer(lm, vector, layer, sign * c, positions, **operation), texts)
+
+    return {target: (sign * c, kl) for target, (c, kl) in calibrate(measure, targets, guess).items()}

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from persona_steer.base.core import PersonaError
-from persona_steer.lm.activations import SteeringTerm, ablate, add
+from persona_steer.lm.activations import steer
+from persona_steer.lm.gates import Gate
+from persona_steer.lm.operations import SteeringTerm, ablate, add, cap
+from persona_steer.lm.vllm_engine import steering_texts
 from persona_steer.serving.plugin import Served, block_key, check_request
 from persona_steer.serving.server import SteeringMiddleware, load_presets, server_command
 from persona_steer.serving.specification import Limits, SteeringSpec, Term, parse_monitoring, parse_steering
@@ -35,7 +38,13 @@ LIMITS = Limits(("evil", "humorous"), 4, 5.0, monitors=1)
         ("../evil:1@2", "cannot be read"),
         ("evil:1@2;position=all", "did you mean 'positions'"),
         ("evil:1@2;positions=last", "'last' is unknown"),
-        ("evil:1@2;mode=cap", "'cap' is unknown"),
+        ("evil:1@2;mode=rotate", "'rotate' is unknown"),
+        ("evil:1@2;mode=cap", "limits=LOW,HIGH belong together"),
+        ("evil:1@2;limits=0,1", "limits=LOW,HIGH belong together"),
+        ("evil:1@2;mode=cap;limits=1", "write limits=LOW,HIGH"),
+        ("evil:1@2;mode=cap;limits=2,1", "must not be above"),
+        ("evil:1@2;mode=cap;limits=nan,1", "must not be above"),
+        ("evil:1@2;positions=response[3:3]", "positions 'response\\[3:3\\]' is unknown"),
         ("evul:1@2", "did you mean 'evil'"),
         ("evil:1@5", "layers 1 to 4"),
         ("evil:1@0", "layers 1 to 4"),
@@ -91,11 +100,15 @@ def tables_of(dtype=torch.float32, **more):
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-6), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("mode, operate", [("add", add), ("ablate", ablate)])
+@pytest.mark.parametrize(
+    "mode, operate, limits",
+    [("add", add, None), ("ablate", ablate, None), ("cap", cap, (-0.4, 0.3)), ("cap", cap, (-torch.inf, -0.2))],
+)
 @pytest.mark.parametrize("residual", [True, False])
-def test_a_step_does_to_each_token_what_hugging_face_does(dtype, close, mode, operate, residual):
+def test_a_step_does_to_each_token_what_hugging_face_does(dtype, close, mode, operate, limits, residual):
     tables = tables_of(dtype)
-    specs = [parse_steering(f"evil:1.5@2,humorous:-0.7@2;mode={mode}"), parse_steering(f"evil:-1@2;mode={mode}")]
+    option = f"mode={mode}" + (";limits={},{}".format(*limits) if limits else "")
+    specs = [parse_steering(f"evil:1.5@2,humorous:-0.7@2;{option}"), parse_steering(f"evil:-1@2;{option}")]
     for spec in specs:
         tables.fill(tables.slots.take(spec)[0], spec)
     tables.use(specs)
@@ -105,10 +118,44 @@ def test_a_step_does_to_each_token_what_hugging_face_does(dtype, close, mode, op
     got = tables.step(h, rest, 2)
     got = (got if rest is None else got + rest).float()
     for i, slot in enumerate([0, 1, 2, 1, 0, 2]):
-        terms = [SteeringTerm(2, tables.vectors[t.name][2], torch.tensor(t.coefficient)) for t in specs[slot - 1].terms]
+        terms = [
+            SteeringTerm(2, tables.vectors[t.name][2], torch.tensor(t.coefficient), limits)
+            for t in specs[slot - 1].terms
+        ]
         want = operate(stream[None, i : i + 1].float(), terms, torch.tensor([[[slot > 0]]]))[0, 0]
         assert torch.allclose(got[i], want, atol=close, rtol=close), (i, slot)
     assert tables.step(h, rest, 3) is h  # no other layer
+
+
+def test_a_slice_steers_the_tokens_that_hugging_face_steers(llama):
+    """Generated token k comes out of the position before it, whatever the chunks that a prompt is read in."""
+    from test_operations import touched
+
+    for positions in ("response", "response[:1]", "response[2:]", "response[1:3]"):
+        tables = tables_of()
+        book = StepBook(tables)
+        book.enter("r", {"steer": f"evil:1@2;positions={positions}"}, 5)
+        seen = []
+        for first, n in ((0, 3), (3, 2), (5, 1), (6, 1), (7, 1), (8, 1)):
+            book.begin([("r", first, n)])
+            seen += [first + i for i in range(n) if tables.slot[i]]
+        assert [seen] == touched(llama, torch.randint(3, 2000, (1, 9)), 5, positions), positions
+
+
+def test_steering_goes_to_vllm_whole_or_is_refused(llama):
+    v = torch.randn(32)
+    texts, _ = steering_texts(steer(llama, v, 2, torch.tensor([1.0, 0.0]), mode="cap", limits=(-torch.inf, 1.5)), 2)
+    assert texts[0].endswith("mode=cap;limits=-inf,1.5") and texts[1] == ""
+    assert steering_texts(steer(llama, v, 2, 1.0, "response[:8]"), 1)[0][0].endswith("positions=response[:8];mode=add")
+    for bad, words in (
+        (dict(keep_norm=True), "keep_norm"),
+        (dict(when=Gate(v, 1, 0.0)), "no gates"),
+        (dict(outside="json"), "outside"),
+        (dict(positions=torch.ones(1, 9, dtype=torch.bool)), "not as a mask"),
+        (dict(mode="rotate"), "'rotate' is unknown"),
+    ):
+        with pytest.raises(PersonaError, match=words):
+            steering_texts(steer(llama, v, 2, 1.0, **bad), 1)
 
 
 def test_ten_thousand_specifications_one_after_the_other_leave_no_growth():

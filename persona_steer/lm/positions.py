@@ -5,30 +5,16 @@
 # %% ../../nbs/lm/02a_positions.ipynb #e21c7397
 from __future__ import annotations
 
-import re
-
 import torch
 
 from ..base.core import check
 from .routing import BatchRouting, routing_of
+from ..serving.specification import POSITIONS, response_slice
 
 # %% auto #0
-__all__ = ['POSITIONS', 'TAGS', 'SPANS', 'response_slice', 'check_positions', 'PositionTracker', 'span_table']
+__all__ = ['TAGS', 'SPANS', 'check_positions', 'PositionTracker', 'span_table']
 
 # %% ../../nbs/lm/02a_positions.ipynb #3b450011
-POSITIONS = ("response", "prompt", "all")
-
-
-def response_slice(
-    positions: str,
-) -> tuple[int, int | None] | None:  # first generated token, end; None: not of this form
-    "Read `response` or `response[a:b]`."
-    if positions == "response":
-        return 0, None
-    m = re.fullmatch(r"response\[(\d*):(\d*)\]", positions)
-    return (int(m[1] or 0), int(m[2]) if m[2] else None) if m else None
-
-
 def check_positions(positions):
     "Raise `PersonaError` unless positions are of a form in the table above."
     if isinstance(positions, torch.Tensor):

@@ -52,12 +52,23 @@ def request_of(lm: LoadedModel, sampling: SamplingParams, seed: int) -> dict:
     )
 
 # %% ../../nbs/lm/07_vllm.ipynb #ce887fff
+def _check_served(steering: Steering):
+    "Raise `PersonaError` for what only Hugging Face has."
+    check(not steering.keep_norm, "vLLM has no keep_norm: answer with Hugging Face (engine hf).")
+    check(not steering.when, "vLLM has no gates: answer with Hugging Face (engine hf).")
+    check(not steering.outside, "vLLM cannot leave out spans of text (outside): answer with Hugging Face (engine hf).")
+    named = isinstance(steering.positions, str)
+    check(named, "vLLM takes positions by name, not as a mask: answer with Hugging Face (engine hf).")
+
+
 def steering_texts(
     steering: Steering | None,
     n: int,  # rows
     name_of=None,  # (layer, vector) -> a name; default: from the values
 ) -> tuple[list[str], dict]:  # a specification per row ("": unsteered); (name, layer) -> [hidden]
     "A steering as the requests of its rows say it; raises `PersonaError` for a mode that vLLM does not have."
+    if steering:
+        _check_served(steering)
     rows, vectors = [[] for _ in range(n)], {}
     for t in steering.terms if steering else ():
         name = name_of(t.layer, t.vector) if name_of else f"v{vector_digest(t.vector)}"
@@ -65,7 +76,8 @@ def steering_texts(
         for row, c in zip(rows, t.coefficient.expand(n).tolist()):
             if c:
                 row.append(Term(t.layer, name, c))
-    specs = [SteeringSpec(tuple(row), steering.positions, steering.mode) if row else None for row in rows]
+    limits = steering.terms[0].limits if steering else None
+    specs = [SteeringSpec(tuple(row), steering.positions, steering.mode, limits) if row else None for row in rows]
     for spec in specs[:1]:
         parse_steering(str(spec or ""))  # a mode that only Hugging Face has
     return [str(parse_steering(str(s))) if s else "" for s in specs], vectors

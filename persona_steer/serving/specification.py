@@ -12,15 +12,25 @@ from dataclasses import dataclass
 from ..base.core import PersonaError, check, unknown_name
 
 # %% auto #0
-__all__ = ['POSITIONS', 'STEERING_MODES', 'NAME', 'ABLATIONS', 'LARGEST', 'Term', 'SteeringSpec', 'parse_steering',
-           'parse_monitoring', 'Limits']
+__all__ = ['POSITIONS', 'STEERING_MODES', 'NAME', 'ABLATIONS', 'LARGEST', 'response_slice', 'Term', 'SteeringSpec',
+           'parse_steering', 'parse_monitoring', 'Limits']
 
 # %% ../../nbs/serving/00_specification.ipynb #91365a26
 POSITIONS = ("response", "prompt", "all")
-STEERING_MODES = ("add", "ablate")  # what a request may ask for; see `activations.MODES`
+STEERING_MODES = ("add", "ablate", "cap")  # what a request may ask for; see `activations.MODES`
 NAME = r"[\w.+\-]+"
-ABLATIONS = 2  # directions that one request can remove at one layer
+ABLATIONS = 2  # directions that one request can remove or cap at one layer
 LARGEST = 1e6  # coefficient: beyond it nothing is left of a model, and numbers overflow
+
+
+def response_slice(
+    positions: str,
+) -> tuple[int, int | None] | None:  # first generated token, end; None: not of this form
+    "Read `response` or `response[a:b]`."
+    if positions == "response":
+        return 0, None
+    m = re.fullmatch(r"response\[(\d*):(\d*)\]", positions)
+    return (int(m[1] or 0), int(m[2]) if m[2] else None) if m else None
 
 
 @dataclass(frozen=True, order=True)
@@ -42,9 +52,11 @@ class SteeringSpec:
     terms: tuple[Term, ...]
     positions: str = "response"
     mode: str = "add"
+    limits: tuple[float, float] | None = None  # of the projection on the unit vector, for mode "cap"
 
     def __str__(self):
-        return ";".join([",".join(map(str, self.terms)), f"positions={self.positions}", f"mode={self.mode}"])
+        parts = [",".join(map(str, self.terms)), f"positions={self.positions}", f"mode={self.mode}"]
+        return ";".join([*parts, "limits={!r},{!r}".format(*self.limits)] if self.limits else parts)
 
 # %% ../../nbs/serving/00_specification.ipynb #f0ca8c44
 def parse_steering(text: str) -> SteeringSpec | None:  # None: nothing is steered
@@ -76,16 +88,34 @@ def _term(part: str) -> Term:
     return Term(int(m[3]), m[1], coefficient)
 
 
-def _options(parts: list[str]) -> dict:  # positions, mode
+def _options(parts: list[str]) -> dict:  # positions, mode, limits
     "The options after the terms."
-    known = {"positions": POSITIONS, "mode": STEERING_MODES}
-    chosen = {"positions": "response", "mode": "add"}
+    chosen = {"positions": "response", "mode": "add", "limits": None}
     for part in filter(None, parts):
         key, _, value = (x.strip() for x in part.partition("="))
-        check(key in known, unknown_name(key, list(known), "steering has no option '{}'"))
-        check(value in known[key], f"steering: {key} '{value}' is unknown: use {' or '.join(known[key])}.")
-        chosen[key] = value
+        check(key in chosen, unknown_name(key, list(chosen), "steering has no option '{}'"))
+        chosen[key] = _limits(value) if key == "limits" else value
+    mode, positions = chosen["mode"], chosen["positions"]
+    check(mode in STEERING_MODES, f"steering: mode '{mode}' is unknown: use {' or '.join(STEERING_MODES)}.")
+    first, end = response_slice(positions) or (0, None)
+    known = positions in POSITIONS or response_slice(positions) and (end is None or first < end)
+    slices = "or a slice such as response[:8]"
+    check(known, f"steering: positions '{positions}' is unknown: use {', '.join(POSITIONS)} {slices}.")
+    capped = (mode == "cap") == (chosen["limits"] is not None)
+    check(capped, "steering: mode 'cap' and limits=LOW,HIGH belong together.")
     return chosen
+
+
+def _limits(text: str) -> tuple[float, float]:
+    "Two numbers, which may be -inf and inf."
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise PersonaError(
+            f"steering: limits '{text}' cannot be read: write limits=LOW,HIGH, as in -inf,3.5."
+        ) from None
+    check(low <= high, f"steering: limits '{text}': the first must not be above the second.")
+    return low, high
 
 # %% ../../nbs/serving/00_specification.ipynb #c6f5fea4
 def parse_monitoring(text: str) -> tuple[tuple[str, int], ...]:  # (name, layer), ...

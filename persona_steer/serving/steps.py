@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .specification import SteeringSpec, parse_monitoring, parse_steering
+from .specification import SteeringSpec, parse_monitoring, parse_steering, response_slice
 from .tables import SteeringTables
 
 # %% auto #0
@@ -33,7 +33,10 @@ class StepRequest:
 
 def steered_range(spec: SteeringSpec, prompt_length: int) -> tuple[int, int | None]:  # first position, end
     "The positions of a request that are steered."
-    return {"response": (prompt_length - 1, None), "prompt": (0, prompt_length), "all": (0, None)}[spec.positions]
+    if spec.positions in ("prompt", "all"):
+        return 0, prompt_length if spec.positions == "prompt" else None
+    first, end = response_slice(spec.positions)  # generated token k comes out of position prompt_length - 1 + k
+    return prompt_length - 1 + first, None if end is None else prompt_length - 1 + end
 
 # %% ../../nbs/serving/02_steps.ipynb #844106bc
 class StepBook:

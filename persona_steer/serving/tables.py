@@ -55,7 +55,7 @@ class SteeringTables:
         slots: int = 64,  # specifications at a time
         monitors: int = 8,  # vectors that can be monitored; 0: none
         capture: int = 0,  # requests at a time whose activations are pooled; 0: none
-        ablations: int = ABLATIONS,  # directions that one request can ablate at one layer
+        ablations: int = ABLATIONS,  # directions that one request can ablate or cap at one layer
     ):
         self.n_layers, self.dtype, self.device = n_layers, dtype, torch.device(device)
         self.layers = list(range(1, n_layers + 1))  # those on this machine
@@ -68,6 +68,9 @@ class SteeringTables:
         self.table = [zeros(slots + 1, hidden_size, dtype=dtype) for _ in range(n_layers)]
         self.direction = [zeros(ablations, slots + 1, hidden_size, dtype=dtype) for _ in range(n_layers)]
         self.strength = [zeros(ablations, slots + 1) for _ in range(n_layers)]
+        # what is left of a projection: 0 to 0 in ablation
+        self.low = [zeros(ablations, slots + 1) for _ in range(n_layers)]
+        self.high = [zeros(ablations, slots + 1) for _ in range(n_layers)]
         self.filled = {}  # slot -> its layers
         self.probes = zeros(n_layers, monitors, hidden_size)
         self.projections = zeros(n_layers, max_tokens, monitors)
@@ -109,12 +112,13 @@ class SteeringTables:
                     check(bool(v.any()), f"vector '{t.name}' is 0 at layer {layer}: it has no direction to ablate.")
                     self.direction[layer - 1][k, slot] = (v / v.norm()).to(self.device, self.dtype)
                     self.strength[layer - 1][k, slot] = t.coefficient
+                    self.low[layer - 1][k, slot], self.high[layer - 1][k, slot] = spec.limits or (0.0, 0.0)
 
     def use(self, specs: list[SteeringSpec]):
         "Say which specifications the next step applies."
-        for mode, layers in (("add", self.added), ("ablate", self.ablated)):
+        for layers, added in ((self.added, True), (self.ablated, False)):
             layers.clear()
-            layers.update(t.layer for s in specs if s.mode == mode for t in s.terms)
+            layers.update(t.layer for s in specs if (s.mode == "add") == added for t in s.terms)
 
     @contextmanager
     def trial(self, layer: int, row: torch.Tensor):
@@ -150,10 +154,11 @@ class SteeringTables:
         return h
 
     def _ablate(self, h, residual, i: int, slot) -> torch.Tensor:
-        for u, c in zip(self.direction[i], self.strength[i]):
+        for u, c, low, high in zip(self.direction[i], self.strength[i], self.low[i], self.high[i]):
             stream = h if residual is None else h + residual
             along = (stream * u[slot]).sum(-1, dtype=torch.float32)
-            h = h - (c[slot] * along)[:, None].to(h.dtype) * u[slot]
+            beyond = along - along.clamp(low[slot], high[slot])
+            h = h - (c[slot] * beyond)[:, None].to(h.dtype) * u[slot]
         return h
 
 # %% ../../nbs/serving/01_tables.ipynb #7dfdc8c2

@@ -3,6 +3,7 @@ by `make test-vllm`."""
 
 import asyncio
 import json
+import math
 import random
 import sys
 import urllib.error
@@ -89,6 +90,10 @@ def steered(lm, prompts, vectors, coefficient=1.0, name="one", layer=LAYER, **mo
         return [t.strip() for t in generate(lm, prompts, GREEDY, progress=False).texts]
 
 
+def written(value):
+    return ",".join(map(repr, value)) if isinstance(value, tuple) else value
+
+
 def completions(url, prompts, **extra):
     body = dict(prompt=prompts, max_tokens=40, temperature=0)
     status, reply = post(url, "completions", body | ({"vllm_xargs": extra} if extra else {}))
@@ -100,10 +105,16 @@ def texts_of(choices):
     return [c["text"].strip() for c in choices]
 
 
-@pytest.mark.parametrize("more", [{}, {"positions": "all"}, {"positions": "prompt"}, {"mode": "ablate"}])
+CAP = {"mode": "cap", "limits": (-math.inf, -2.0)}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"positions": "all"}, {"positions": "prompt"}, {"mode": "ablate"}, {"positions": "response[3:9]"}, CAP],
+)
 def test_the_server_says_what_hugging_face_says(server, lm, vectors, more):
     prompts = questions(lm)
-    spec = ";".join([f"one:1@{LAYER}", *(f"{k}={v}" for k, v in more.items())])
+    spec = ";".join([f"one:1@{LAYER}", *(f"{k}={written(v)}" for k, v in more.items())])
     got, want = texts_of(completions(server[1], prompts, steer=spec)), steered(lm, prompts, vectors, **more)
     plain = texts_of(completions(server[1], prompts))
     print(f"{more}: {sum(a == b for a, b in zip(got, want))} of {len(want)} texts equal")

@@ -50,9 +50,9 @@ def training_steering(
 ) -> Steering:
     "The steering that is applied while training."
     g = config.guard
-    strength = 1.0 if g.type == "ablate" else g.steering_coef
-    rows = [vector[l] - vector[l - 1] if g.incremental and g.type != "ablate" else vector[l] for l in g.layers]
-    return steer(lm, rows, g.layers, strength, "all", g.type)
+    strength = 1.0 if g.type in ("ablate", "cap") else g.steering_coef
+    rows = [vector[l] - vector[l - 1] if g.incremental and g.type == "add" else vector[l] for l in g.layers]
+    return steer(lm, rows, g.layers, strength, "all", g.type, limits=g.limits)
 
 # %% ../nbs/06_finetune.ipynb #8bc60e80
 def tokenize_chats(

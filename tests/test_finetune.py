@@ -209,11 +209,25 @@ def test_ablation_removes_the_component_whatever_the_coefficient(tiny, data, vec
     torch.testing.assert_close(ablated[2], plain[2] - (plain[2] @ u)[..., None] * u)
 
 
-@pytest.mark.parametrize("kind", ["add", "ablate"])
+def test_a_guard_that_caps_needs_limits_and_files_without_them_stay_as_they_were(tiny, data, vector):
+    for bad in (dict(type="cap"), dict(limits=[0.0, 1.0]), dict(type="cap", limits=[0.0])):
+        with pytest.raises(PersonaError, match="limits"):
+            config(tiny, data, **guarded(vector, **bad))
+    assert "limits" not in config(tiny, data, **guarded(vector)).model_dump()["steering_config"]
+    c = config(tiny, data, **guarded(vector, type="cap", limits=[-1.0, 0.05]))
+    assert c.model_dump()["steering_config"]["limits"] == (-1.0, 0.05)
+    lm, v = load_model(tiny), load_guard_vector(c)
+    capped, u = block_outputs(lm, training_steering(lm, c, v)), v[2] / v[2].norm()
+    assert (capped[2] @ u).max() < 0.05 + 1e-5 < (block_outputs(lm)[2] @ u).max()
+
+
+@pytest.mark.parametrize("kind", ["add", "ablate", "rotate", "cap"])
 def test_gradients_with_checkpointing_equal_those_without(tiny, data, vector, kind):
-    grads = {}
+    grads, more = {}, {"limits": [-1.0, 0.1]} if kind == "cap" else {}
     for checkpointing in (False, True):
-        c = config(tiny, data, **guarded(vector, type=kind, steering_coef=3.0), gradient_checkpointing=checkpointing)
+        c = config(
+            tiny, data, **guarded(vector, type=kind, steering_coef=0.5, **more), gradient_checkpointing=checkpointing
+        )
         lm = load_model(tiny)
         model = add_lora(lm, c).train()
         if checkpointing:

@@ -304,3 +304,59 @@ def test_what_is_stored_tells_modifiers_apart(llama):
     ]
     assert len({str(s.facts()) for s in variants}) == len(variants)
     assert len(variants[0].facts()) == 3  # as before there were modifiers: results that are kept stay valid
+
+
+def test_the_roles_of_tokens_are_what_happened(llama):
+    from persona_steer.lm.token_roles import roles_html, token_roles
+
+    prompt, answer = llama.prompt("Why is it so?"), "First <b>plan</b> it."
+    ids, n = encode_pair(llama.tokenizer, prompt, answer)
+    steering = steer(llama, torch.randn(32), 1, 1.5, "response[1:3]")
+    roles = token_roles(llama, prompt, answer, steering)
+    assert "".join(roles.token[n:]).strip() == answer and len(roles) == len(ids)
+    assert roles.pooled.tolist() == ["prompt"] * n + ["response"] * (len(ids) - n)
+    assert roles.prompt_last.to_numpy().nonzero()[0].tolist() == [n - 1]
+    assert [roles.steered.to_numpy().nonzero()[0].tolist()] == touched(llama, torch.tensor([ids]), n, "response[1:3]")
+    page = roles_html(roles, steering)
+    assert page.count("steered") >= 3 and "<b>" not in page and "1.5 at layer 1" in page
+    assert not token_roles(llama, prompt, answer).steered.any()
+    with pytest.raises(PersonaError, match="one coefficient"):
+        token_roles(llama, prompt, answer, steer(llama, torch.randn(32), 1, torch.ones(1)))
+
+
+def test_limits_are_quantiles_over_the_tokens_of_neutral_answers(llama):
+    from persona_steer.persona.calibration import projection_limits, token_projections
+
+    v, questions = torch.randn(32), ["Why?", "How does it work?", "Is it good?"]
+    prompts = [llama.prompt(q) for q in questions]
+    answers = generate(llama, prompts, SamplingParams(12), seeds=questions, progress=False).texts
+    values = []
+    for p, a in zip(prompts, answers):
+        ids, n = encode_pair(llama.tokenizer, p, a)
+        values += (outputs(llama, torch.tensor([ids]), 2)[0, n:] @ (v / v.norm())).tolist()
+    found = token_projections(llama, v, 2, prompts, answers)
+    torch.testing.assert_close(found.sort().values, torch.tensor(values).sort().values, rtol=1e-3, atol=1e-3)
+    low, high = projection_limits(llama, v, 2, questions, (0.25, 0.75), SamplingParams(12))
+    want = torch.tensor(values).quantile(torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(torch.tensor([low, high]), want, rtol=1e-3, atol=1e-3)
+    assert projection_limits(llama, v, 2, questions, (0, 1), SamplingParams(12)) == (-torch.inf, torch.inf)
+    for bad in ((0.5, 0.5), (-0.1, 0.5), (0.5, 1.5)):
+        with pytest.raises(PersonaError, match="must rise"):
+            projection_limits(llama, v, 2, questions, bad)
+
+
+def test_a_threshold_parts_two_kinds_of_prompts(llama):
+    from sklearn.metrics import roc_auc_score
+
+    from persona_steer.persona.calibration import choose_threshold, fit_gate, roc
+
+    values, labels = [0.1, 0.4, 0.35, 0.8, 0.9, 0.2], [0, 0, 0, 1, 1, 1]
+    table = roc(values, labels)
+    area = torch.trapezoid(torch.tensor(table.tpr.to_numpy()), torch.tensor(table.fpr.to_numpy()))
+    assert area.item() == pytest.approx(roc_auc_score(labels, values))
+    assert choose_threshold(values, labels) == pytest.approx(0.6)  # tpr 2/3, fpr 0
+    with pytest.raises(PersonaError, match="prompts of both kinds"):
+        choose_threshold([1.0, 2.0], [1, 1])
+    wanted, others = [llama.prompt(q) for q in ("Why?", "How?")], [llama.prompt(q) for q in ("Is it?", "Was it?")]
+    gate, _ = fit_gate(llama, torch.randn(4, 32), 2, wanted, others)
+    assert gate.layer == 2 and gate.vector.shape == (32,) and gate.above

@@ -425,6 +425,14 @@ def test_the_lines_in_the_readme_run(tmp_path):
     assert done.stdout.strip()
 
 
+def test_the_example_in_the_page_on_steering_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "steering.md").read_text(encoding="utf-8"), re.S)
+    env = dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()][-4:] == ["add", "rotate", "cap", "told, gated"]
+
+
 def test_the_example_in_contributing_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
     env = dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs"))

@@ -21,6 +21,7 @@ from persona_steer.app.live_generation import (
     answer_live,
     answer_served,
     connect,
+    live_roles,
 )
 from ..base.core import PersonaError, atomic_path, project_root
 from ..base.redaction import redact
@@ -122,7 +123,8 @@ def panel_html(name: str, answer: Answer, values: list[float], scores: dict | No
 def describe_request(request: LiveRequest) -> str:
     "How the steered answer was steered."
     on = [f"{t} x {c:g} at layer {l}" for t, l, c in request.terms if c]
-    return f"steered: {', '.join(on)}" if on else "steered: by nothing (all coefficients are 0)"
+    mode = "" if request.mode == "add" else f" ({request.mode})"
+    return f"steered: {', '.join(on)}{mode}" if on else "steered: by nothing (all coefficients are 0)"
 
 
 def alert(error: Exception | None) -> str:  # HTML
@@ -234,7 +236,9 @@ class Controls:
         traits = traits or list_traits()
         self.model = w.Combobox(value=models[0], options=list(models), description="Model", **text)
         self.traits = w.SelectMultiple(options=traits, value=tuple(chosen), description="Traits", rows=5)
-        self.positions = w.Dropdown(options=["response", "prompt", "all"], description="Positions")
+        positions = ["response", "response[:8]", "response[8:]", "prompt", "all"]
+        self.positions = w.Dropdown(options=positions, description="Positions")
+        self.mode = w.Dropdown(options=["add", "ablate", "rotate"], description="Mode")
         self.question = w.Textarea(value=question, description="Prompt", layout=wide, **text)
         self.system = w.Text(description="System", layout=wide, **text)
         self.tokens = w.IntSlider(max_new_tokens, 10, 1000, description="Max tokens", style=LABEL, **text)
@@ -244,14 +248,14 @@ class Controls:
         self.colours = w.Dropdown(options=list(chosen), description="Colour by")
         self.go = w.Button(description="Write", button_style="primary", icon="play")
         self.halt = w.Button(description="Stop", icon="stop")
-        self.left, self.right, self.plot = (w.HTML(layout=wide) for _ in range(3))
+        self.left, self.right, self.plot, self.roles = (w.HTML(layout=wide) for _ in range(4))
         self.sliders, self.status, self.error = w.VBox(), w.HTML(), w.HTML()
 
     def arranged(self):
         "All widgets in one box."
         w = self.w
         sampling = w.VBox([self.tokens, self.temperature, self.seed])
-        top = [w.VBox([self.model, self.positions, self.colours]), self.traits, sampling]
+        top = [w.VBox([self.model, self.mode, self.positions, self.colours]), self.traits, sampling]
         columns = w.Layout(grid_template_columns="repeat(auto-fit, minmax(280px, 1fr))", width="99%")
         return w.VBox(
             [
@@ -263,12 +267,13 @@ class Controls:
                 self.error,
                 w.GridBox([self.left, self.right], layout=columns),
                 self.plot,
+                self.roles,
             ]
         )
 
     def asking(self) -> list:
         "The widgets whose change asks for new answers, besides the sliders."
-        about = [self.model, self.positions, self.question, self.system]
+        about = [self.model, self.mode, self.positions, self.question, self.system]
         return [*about, self.tokens, self.temperature, self.seed, self.colours]
 
     def add_sliders(self, on_change):
@@ -299,6 +304,7 @@ class Controls:
             (watched, rows[watched][1].value) if watched else (),
             self.positions.value,
             SamplingParams(self.tokens.value, self.temperature.value, seed=self.seed.value),
+            self.mode.value,
         )
 
 # %% ../../nbs/11_dashboard.ipynb #cee37e47
@@ -379,7 +385,7 @@ class Dashboard(Controls):
 
     def _answer(self, asked: tuple[str, LiveRequest], stop):
         model, request = asked
-        self.error.value = ""
+        self.error.value = self.roles.value = ""
         if not self._load(model, request):
             return
         if stop():
@@ -407,6 +413,8 @@ class Dashboard(Controls):
         if stop():
             return self._say("Stopped before the scores came.")
         self._draw(request, answers, norm, scores)
+        if not isinstance(lm, ServedModel):
+            self.roles.value = live_roles(lm, request, vectors, answers[1])
         self._say(f"Done: {n} tokens in {took:.1f} s." + (f" Judge: {self.cache.judge(model).name}." if scores else ""))
 
     def _draw(self, request: LiveRequest, answers: list[Answer], norm: float, scores: list | None = None):

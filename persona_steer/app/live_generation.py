@@ -16,11 +16,12 @@ from ..base.http_client import address, api_key, plain_error
 from ..lm.activations import Steering, steer
 from ..lm.generation import SamplingParams, generate, stop_ids, text_of
 from ..lm.models import LoadedModel
+from ..lm.token_roles import roles_html, token_roles
 from ..projection import Trace
 
 # %% auto #0
-__all__ = ['IncrementalDetokenizer', 'LiveRequest', 'Answer', 'answer_live', 'ServedModel', 'connect', 'steering_text',
-           'add_event', 'answer_served', 'LatestRequestWorker']
+__all__ = ['IncrementalDetokenizer', 'LiveRequest', 'Answer', 'answer_live', 'live_roles', 'ServedModel', 'connect',
+           'steering_text', 'add_event', 'answer_served', 'LatestRequestWorker']
 
 # %% ../../nbs/app/00_live_generation.ipynb #681b6466
 class IncrementalDetokenizer:
@@ -56,6 +57,7 @@ class LiveRequest:
     watched: tuple = ()  # (trait, layer) whose projection is shown
     positions: str = "response"
     sampling: SamplingParams = SamplingParams()
+    mode: str = "add"  # a name in MODES
 
 
 @dataclass
@@ -105,7 +107,17 @@ def _steering(lm: LoadedModel, request: LiveRequest, vectors: dict) -> Steering 
         return None
     traits, layers, strengths = zip(*terms)
     columns = [torch.tensor([0.0, c]) for c in strengths]
-    return steer(lm, [vectors[t] for t in traits], list(layers), columns, request.positions)
+    return steer(lm, [vectors[t] for t in traits], list(layers), columns, request.positions, request.mode)
+
+
+def live_roles(lm: LoadedModel, request: LiveRequest, vectors: dict, answer: Answer) -> str:  # HTML
+    "Which tokens of the steered answer and its prompt are read as what, and which are steered."
+    steering = _steering(lm, request, vectors)
+    steering = steering and steering.rows(1)  # the second row's coefficients, as numbers
+    if not answer.text:
+        return ""
+    roles = token_roles(lm, lm.prompt(request.question, request.system), answer.text, steering)
+    return f"<details><summary>Which tokens are read and steered</summary>{roles_html(roles, steering)}</details>"
 
 # %% ../../nbs/app/00_live_generation.ipynb #1b11d9e4
 @dataclass(frozen=True)
@@ -145,7 +157,8 @@ def connect(name: str) -> ServedModel:  # http://host:8000/v1, with #model for o
 def steering_text(request: LiveRequest) -> str:
     "The steering of a request in a server's notation; empty if all coefficients are 0."
     terms = [f"{trait}:{c!r}@{layer}" for trait, layer, c in request.terms if c]
-    return ",".join(terms) + f";positions={request.positions}" if terms else ""
+    mode = "" if request.mode == "add" else f";mode={request.mode}"
+    return ",".join(terms) + f";positions={request.positions}{mode}" if terms else ""
 
 
 def add_event(answer: Answer, choice: dict, watched: str):

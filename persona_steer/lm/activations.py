@@ -176,7 +176,7 @@ class Steering:
             if gate:  # the last one to be put first in line: it reads the layer before it is steered
                 read = lambda block, args, out: gate.read(hidden(out))  # noqa: E731
                 stack.callback(self.lm.blocks[gate.gate.layer - 1].register_forward_hook(read, prepend=True).remove)
-            self._open.append((stack.pop_all(), tracker, fired, layers))
+            self._open.append((stack.pop_all(), tracker, fired, layers, gate))
         _OPEN.setdefault(self.lm.base_model, []).append(self)
         return self
 
@@ -197,11 +197,16 @@ class Steering:
     def passes(self) -> int:
         """Forward passes that were steered, at every layer, since the innermost open context was entered; 0 if a layer
         was left out."""
-        _, tracker, fired, layers = self._open[-1]
+        _, tracker, fired, layers, _ = self._open[-1]
         return tracker.calls if fired == layers else 0
 
+    def steered_tokens(self) -> torch.Tensor:  # bool [passing, tokens]
+        "The tokens that the last call steered, in the innermost open context."
+        _, tracker, _, _, gate = self._open[-1]
+        return self._where(tracker, gate)[..., 0]
+
     def __exit__(self, kind, *error):
-        stack, tracker, fired, layers = self._open.pop()
+        stack, tracker, fired, layers, _ = self._open.pop()
         stack.close()
         _OPEN[self.lm.base_model].remove(self)
         check(

@@ -35,8 +35,8 @@ from .routing import BatchRouting, routing
 # %% auto #0
 __all__ = ['HEAD', 'SamplingParams', 'sampling_for', 'uniforms', 'sample_token', 'Sampler', 'stop_ids', 'GenerationOutput',
            'text_of', 'length_batches', 'reading_batches', 'padded', 'cached_part', 'run_fingerprint', 'check_context',
-           'generate', 'ask', 'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'answer_logits',
-           'answer_logprobs', 'next_logits']
+           'generate', 'ask', 'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'single_pass',
+           'answer_logits', 'answer_logprobs', 'next_logits']
 
 # %% ../../nbs/lm/05_generation.ipynb #2c696ba1
 @dataclass(frozen=True)
@@ -508,6 +508,11 @@ def collect_activations(
     indices, parts = zip(*iter_activations(lm, prompts, answers, label, last))
     at = torch.as_tensor(np.argsort(np.concatenate(indices)))
     return {k: torch.cat([p[k] for p in parts])[at] for k in POOLS}
+
+
+def single_pass(lm: LoadedModel, ids: torch.Tensor, start: torch.Tensor) -> torch.Tensor:  # [rows, tokens, hidden]
+    "Whole texts without padding in one pass, without a cache; start: the first token of each answer. Open hooks apply."
+    return _pass(lm, ids, torch.ones_like(ids), start)
 
 # %% ../../nbs/lm/05_generation.ipynb #55a4ef05
 def _logits(

@@ -5,6 +5,7 @@
 # %% ../../nbs/lm/09_tables.ipynb #a2368b5e
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -40,16 +41,17 @@ def table_steering(
     vectors: dict,  # name -> [layers + 1, hidden]
     positions: str = "response",
     mode: str = "add",
+    **modifiers,  # as `steer` takes them: limits, keep_norm, when, outside
 ) -> Steering | None:  # None if no row names a vector
     "Steering that gives each row its own vector, layer and coefficient. Raises `PersonaError` for an unknown vector."
-    terms = []
+    parts = []
     for (name, layer), _ in rows[rows.vector != ""].groupby(["vector", "layer"], sort=True):
         known = ", ".join(vectors) or "none"
         check(name in vectors, f"the table asks for the vector '{name}' but there are only {known}.")
         mine = ((rows.vector == name) & (rows.layer == layer)).to_numpy()
         column = torch.as_tensor(rows.coefficient.to_numpy() * mine, dtype=torch.float32)
-        terms += steer(lm, vectors[name], int(layer), column, positions, mode).terms
-    return Steering(lm, terms, positions, mode) if terms else None
+        parts.append(steer(lm, vectors[name], int(layer), column, positions, mode, **modifiers))
+    return replace(parts[0], terms=[t for part in parts for t in part.terms]) if parts else None
 
 # %% ../../nbs/lm/09_tables.ipynb #ec7dd70d
 BOOKKEEPING = ["seed", "tokens", "engine"]  # columns that tables of scored answers do without

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     field_serializer,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -35,9 +36,10 @@ class SteeringConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     steering_vector_path: str  # a vector file, [layers + 1, hidden]
-    type: str = "add"  # a name in MODES (lm.activations); published files call "add" "steer"
-    steering_coef: float = 5.0  # "ablate" removes the whole component, whatever this says
+    type: str = "add"  # a name in MODES (lm.operations); published files call "add" "steer"
+    steering_coef: float = 5.0  # "ablate" and "cap" act in full, whatever this says; "rotate": radians
     layers: list[int] = Field([20], min_length=1)  # 1-based
+    limits: tuple[float, float] | None = None  # (ours) of the projection, for "cap"
     incremental: bool = False  # (ours) add v_l - v_(l-1) at each layer l: for steering at all layers
 
     @field_validator("type")
@@ -48,9 +50,21 @@ class SteeringConfig(BaseModel):
             raise ValueError(f"it is no steering mode: use {', '.join(MODES)}")
         return value
 
+    @model_validator(mode="after")
+    def _limited(self):
+        if (self.type == "cap") != (self.limits is not None):
+            raise ValueError("type 'cap' and limits (two projections, low and high) belong together")
+        return self
+
     @field_serializer("type")
     def _published(self, value):
         return {"add": "steer"}.get(value, value)
+
+    @model_serializer(mode="wrap")
+    def _without_absent_limits(
+        self, write
+    ):  # files that other programs read, and digests of earlier runs, stay the same
+        return {k: v for k, v in write(self).items() if k != "limits" or v is not None}
 
 # %% ../../nbs/training/00_config.ipynb #e65340fc
 class TrainingConfig(BaseModel):

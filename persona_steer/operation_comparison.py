@@ -19,12 +19,12 @@ from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
 from .lm.tables import condition_rows, generate_table
 from .persona.scores import as_columns
-from .persona.traits import Trait, plain_prompt
+from .persona.traits import Trait, plain_prompt, system_prompt
 from .training.capability import capability, take_quiz
 
 # %% auto #0
 __all__ = ['RAISING', 'Variant', 'lowering', 'variant_steering', 'strength_of', 'compare', 'baselines', 'plain_rows',
-           'instructed', 'combine', 'plot_comparison', 'comparison_lines', 'best_line']
+           'instructed', 'countered', 'combine', 'plot_comparison', 'comparison_lines', 'best_line']
 
 # %% ../nbs/04b_operations.ipynb #ca9336d7
 @dataclass(frozen=True)
@@ -144,6 +144,13 @@ def instructed(trait: Trait, questions: list[str], pairs: list[int], n: int = 1)
     return instructed_rows(trait, questions, "instructed", "pos", pairs, in_turn=True, n=n)
 
 
+def countered(trait: Trait, questions: list[str], pairs: list[int], n: int = 1) -> pd.DataFrame:
+    "The same with the opposite instruction after it: what a prompt alone can do against the first one."
+    against = {system_prompt(trait, "pos", k): trait.instructions[k]["neg"] for k in pairs}
+    rows = instructed(trait, questions, pairs, n)
+    return rows.assign(condition="opposite prompt", system=[f"{s} {against[s]}" for s in rows.system])
+
+
 def combine(parts: list[tuple], trait: str) -> pd.DataFrame:
     # condition, coefficient, kl; trait, coherence, quiz with their intervals
     "One row per condition, of several calls."
@@ -179,7 +186,8 @@ def plot_comparison(tables: dict, trait: str):  # tables: title -> table of `com
 
 def _dots(ax, table: pd.DataFrame, column: str):
     "Means with their intervals, one below the other; a line at the first condition of the table, which is not steered."
-    colors = {"unsteered": "#222222", "instructed": "#222222", "plain prompt": "#1b7837", "random vector": "#777777"}
+    colors = {"unsteered": "#222222", "instructed": "#222222", "random vector": "#777777"}
+    colors |= dict.fromkeys(("plain prompt", "opposite prompt"), "#1b7837")
     for y, r in enumerate(table.to_dict("records")):
         color = colors.get(r["condition"], "#b2182b")
         ax.plot([r[f"{column}_low"], r[f"{column}_high"]], [y, y], color=color, lw=1.5)

@@ -215,19 +215,14 @@ def comparison_lines(table: pd.DataFrame, trait: str) -> list[str]:  # Markdown
     return lines
 
 # %% ../nbs/04b_operations.ipynb #5cbc6dd6
-def best_line(table: pd.DataFrame, trait: str, up: bool) -> str:
-    "Which variants at equal divergence come first, and whether the interval of addition tells them apart, in words."
+def best_line(table: pd.DataFrame, trait: str, up: bool) -> str:  # the first steered row: plain addition
+    "Which variant comes first, and whether its interval lies apart from that of plain addition, in words."
     steered = table[table.kl.notna() & (table.condition != "random vector")]
     best = steered.loc[steered.trait.idxmax() if up else steered.trait.idxmin()]
     simple = steered.iloc[0]
-    known = best.trait_low > simple.trait_high if up else best.trait_high < simple.trait_low
-    verb = "highest" if up else "lowest"
-    rest = (
-        f"'{simple.condition}' itself"
-        if best.condition == simple.condition
-        else (
-            f"'{best.condition}' ({best.trait:.0f} against {simple.trait:.0f} with '{simple.condition}', "
-            + ("intervals apart)" if known else "intervals overlap)")
-        )
-    )
-    return f"The {verb} {trait} score comes from {rest}."
+    apart = best.trait_low > simple.trait_high if up else best.trait_high < simple.trait_low
+    score = f"{trait} score {simple.trait:.0f}"
+    if apart:
+        return f"'{best.condition}' does more than '{simple.condition}' ({best.trait:.0f} against {score})."
+    first = "" if best.condition == simple.condition else f"; the first is '{best.condition}' with {best.trait:.0f}"
+    return f"No variant does clearly more than '{simple.condition}' ({score}{first})."

@@ -327,4 +327,4 @@ def test_a_process_of_its_own_takes_the_hub_from_its_environment(run, tmp_path):
             [*program, "push", str(run), "ada/vectors"], capture_output=True, text=True, env=os.environ | env
         )
     assert r.returncode == 1 and "refuses the token" in r.stderr and r.stderr.count("\n") == 1, r.stderr
-    assert "hf_Wrong" not in r.stdout + r.stderr and server.repos == {} and len(server.requests) == 1
+    assert "hf_Wrong" not in r.stdout + r.stderr and server.repos == {}

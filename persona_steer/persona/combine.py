@@ -19,9 +19,9 @@ from .vectors import PersonaVectors, shared_facts
 
 # %% auto #0
 __all__ = ['RANK', 'LEFT', 'check_alike', 'project_out', 'average', 'cosine_curve', 'cosine_matrix', 'random_cosine',
-           'plot_cosines']
+           'plot_cosines', 'plot_cosine_curve']
 
-# %% ../../nbs/persona/06_combine.ipynb #e6267d9b
+# %% ../../nbs/persona/06_combine.ipynb #5ba7c0b1
 def check_alike(vectors: list[PersonaVectors], same_model: bool = True):
     """Raise `PersonaError` unless these vectors have one shape, finite values, and the fingerprint of one model (or
     none is known)."""
@@ -39,7 +39,7 @@ def check_alike(vectors: list[PersonaVectors], same_model: bool = True):
     models = {v.metadata.get("fingerprint") for v in vectors}
     check(
         not same_model or len(models) == 1,
-        f"{_names(vectors)} were made on different models (fingerprints {', '.join(sorted(map(str, models)))}): "
+        f"vectors of {_names(vectors)} were made on different models (fingerprints {', '.join(sorted(map(str, models)))}): "
         "combine vectors of one model.",
     )
 
@@ -128,7 +128,7 @@ def _check_left(v: PersonaVectors, others: list[PersonaVectors], remaining: dict
             "span it: leave one of them out.",
         )
 
-# %% ../../nbs/persona/06_combine.ipynb #f238d0bf
+# %% ../../nbs/persona/06_combine.ipynb #78562d97
 def average(
     vectors: Sequence[PersonaVectors],  # of one trait
     same_model: bool = True,  # False: models of equal shape, such as checkpoints of one training run
@@ -146,25 +146,29 @@ def average(
         made_of=f"mean of {len(vectors)} vectors of {vectors[0].trait}",
         operation="average",
         sources=_sources(vectors),
-        cosines={f"{i},{j}": _curve(vectors[i], vectors[j]) for i, j in combinations(range(len(vectors)), 2)},
+        cosines={f"{i},{j}": _told(vectors[i], vectors[j]) for i, j in combinations(range(len(vectors)), 2)},
     )
     return replace(vectors[0], metadata=metadata, **rows)
 
 
-def _curve(a: PersonaVectors, b: PersonaVectors, pool: str = "response_avg") -> list[float | None]:  # per row
-    "The cosine of two vectors in every row."
-    found = cosine_curve(a, b, pool)
-    return [None if np.isnan(c) else float(c) for c in found]
+def _told(a: PersonaVectors, b: PersonaVectors) -> list[float | None]:  # per row
+    "The cosines of two vectors, as JSON has them."
+    return [None if np.isnan(c) else float(c) for c in _cosines(a.response_avg, b.response_avg)]
 
-# %% ../../nbs/persona/06_combine.ipynb #6fb1dd47
+
+def _cosines(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:  # [rows, hidden] each -> [rows]
+    "The cosine of every two rows; NaN where one is zero."
+    x, y = x.double(), y.double()
+    return ((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).numpy()
+
+# %% ../../nbs/persona/06_combine.ipynb #bd265ef4
 def cosine_curve(
     a: PersonaVectors, b: PersonaVectors, pool: str = "response_avg"
 ) -> np.ndarray:  # [layers + 1]; NaN where a row is zero
     "The cosine of two traits' vectors in every row; row 0 is the embedding."
     check_alike([a, b])
     check(pool in POOLS, f"pool '{pool}' is unknown: use {', '.join(POOLS)}.")
-    x, y = getattr(a, pool).double(), getattr(b, pool).double()
-    return ((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).numpy()
+    return _cosines(getattr(a, pool), getattr(b, pool))
 
 
 def cosine_matrix(
@@ -199,50 +203,51 @@ def random_cosine(
     shape = (hidden - 1) / 2
     return float(2 * beta.ppf((1 + level) / 2, shape, shape) - 1)
 
-# %% ../../nbs/persona/06_combine.ipynb #1865288e
+# %% ../../nbs/persona/06_combine.ipynb #1cf89ca0
 def plot_cosines(
     vectors: dict[str, PersonaVectors],
     layer: int,
-    pair: tuple[str, str] | None = None,  # whose cosine is drawn over the layers; None: the first two
     ceiling: dict | None = None,  # name -> split-half cosine in every row; it stands on the diagonal
     pool: str = "response_avg",
 ):
-    """Left: the cosines at one layer, the split-half cosines on the diagonal if they are given. Right: one pair over
-    the layers, with the range of 95% of random pairs."""
+    "The cosines at one layer as a heat map whose neutral colour is 0; split-half cosines on the diagonal, if given."
     import matplotlib.pyplot as plt
+    import seaborn as sns
 
     matrix = cosine_matrix(vectors, layer, pool)
     for name in set(ceiling or {}) & set(vectors):
         matrix.loc[name, name] = ceiling[name][layer]
-    size = 1.8 + 0.62 * len(vectors)
-    fig, axes = plt.subplots(1, 2, figsize=(size + 4.6, size), layout="constrained", width_ratios=[size, 4])
-    _plot_matrix(axes[0], matrix)
-    axes[0].set_title(f"cosine at layer {layer}", fontsize=10)
-    a, b = pair or list(vectors)[:2]
-    _plot_pair(axes[1], vectors, a, b, ceiling or {}, pool)
-    axes[1].axvline(layer, color="#cccccc", lw=1, zorder=0)
+    size = 1.6 + 0.66 * len(vectors)
+    fig, ax = plt.subplots(figsize=(size, size), layout="constrained")
+    style = dict(cmap="vlag", center=0, vmin=-1, vmax=1, square=True, linewidths=0.5, cbar=False)
+    sns.heatmap(matrix, annot=True, fmt=".2f", annot_kws={"size": 9}, ax=ax, **style)
+    ax.set_title(f"cosine at layer {layer}", fontsize=10)
+    ax.tick_params(axis="x", rotation=45)
+    ax.tick_params(axis="y", rotation=0)
     return fig
 
 
-def _plot_matrix(ax, matrix: pd.DataFrame):
-    "A heat map whose neutral colour is 0."
-    import seaborn as sns
+def plot_cosine_curve(
+    a: PersonaVectors,
+    b: PersonaVectors,
+    layer: int = 0,  # marked by a line; 0: none
+    ceiling: dict | None = None,  # trait -> split-half cosine in every row
+    pool: str = "response_avg",
+):
+    "The cosine of two traits over the layers, with the range of 95% of random pairs and their split-half cosines."
+    import matplotlib.pyplot as plt
 
-    style = dict(cmap="vlag", center=0, vmin=-1, vmax=1, square=True, linewidths=0.5)
-    sns.heatmap(matrix, annot=True, fmt=".2f", annot_kws={"size": 8}, cbar_kws={"shrink": 0.7}, ax=ax, **style)
-    ax.tick_params(axis="x", rotation=45)
-    ax.tick_params(axis="y", rotation=0)
-
-
-def _plot_pair(ax, vectors: dict[str, PersonaVectors], a: str, b: str, ceiling: dict, pool: str):
-    "The cosine of two traits over the layers, between what random pairs give and their split-half cosines."
-    curve, hidden = cosine_curve(vectors[a], vectors[b], pool), vectors[a].response_avg.shape[1]
-    layers, spread = np.arange(1, len(curve)), random_cosine(hidden)
+    curve, spread = cosine_curve(a, b, pool), random_cosine(a.response_avg.shape[1])
+    layers = np.arange(1, len(curve))
+    fig, ax = plt.subplots(figsize=(6, 3.2), layout="constrained")
     ax.axhspan(-spread, spread, color="#dddddd", label="95% of random pairs")
-    ax.plot(layers, curve[1:], "o-", color="#444444", ms=4, label=f"{a}, {b}")
-    for name, color in ((a, "#b2182b"), (b, "#2166ac")):
-        if name in ceiling:
-            ax.plot(layers, np.asarray(ceiling[name], float)[1:], ":", color=color, label=f"{name}, split-half")
+    ax.plot(layers, curve[1:], "o-", color="#444444", ms=4, label=f"{a.trait}, {b.trait}")
+    for trait, color in ((a.trait, "#b2182b"), (b.trait, "#2166ac")):
+        if trait in (ceiling or {}):
+            ax.plot(layers, np.asarray(ceiling[trait], float)[1:], ":", color=color, label=f"{trait}, split-half")
+    if layer:
+        ax.axvline(layer, color="#cccccc", lw=1, zorder=0)
     ax.set(xlabel="layer", ylabel="cosine", ylim=(-1.03, 1.03))
-    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    ax.legend(fontsize=8, frameon=False, loc="lower left", ncols=2)
     ax.grid(alpha=0.25)
+    return fig

@@ -21,7 +21,7 @@ from .vectors import PersonaVectors, shared_facts
 __all__ = ['RANK', 'LEFT', 'check_alike', 'project_out', 'average', 'cosine_curve', 'cosine_matrix', 'random_cosine',
            'plot_cosines', 'plot_cosine_curve']
 
-# %% ../../nbs/persona/06_combine.ipynb #5ba7c0b1
+# %% ../../nbs/persona/06_combine.ipynb #96b4d8fb
 def check_alike(vectors: list[PersonaVectors], same_model: bool = True):
     """Raise `PersonaError` unless these vectors have one shape, finite values, and the fingerprint of one model (or
     none is known)."""
@@ -39,8 +39,8 @@ def check_alike(vectors: list[PersonaVectors], same_model: bool = True):
     models = {v.metadata.get("fingerprint") for v in vectors}
     check(
         not same_model or len(models) == 1,
-        f"vectors of {_names(vectors)} were made on different models (fingerprints {', '.join(sorted(map(str, models)))}): "
-        "combine vectors of one model.",
+        f"vectors of {_names(vectors)} were made on different models (fingerprints "
+        f"{', '.join(sorted(map(str, models)))}): combine vectors of one model.",
     )
 
 

@@ -166,6 +166,26 @@ def test_a_trait_that_is_added_leaves_the_others(hub, run):
     assert len(hub.repos["ada/vectors"].branches["main"]) == 3 or hub.repos["ada/vectors"].branches["main"][-1] == files
 
 
+def test_two_pushes_at_once_do_not_undo_each_other(hub, run):
+    push_vectors(run, "ada/vectors", ["evil"])
+    commits = hub.repos["ada/vectors"].branches["main"]
+    hub.meanwhile = lambda: commits.append(commits[-1] | {"notes.txt": b"by somebody else"})
+    refused("has changed meanwhile: push again", push_vectors, run, "ada/vectors", ["humorous"])
+    assert "humorous_vectors.json" not in commits[-1]
+
+
+def test_records_that_others_put_there_do_not_stop_a_push(hub, run):
+    raw = (run / "evil/02_extract/evil_vectors.json").read_bytes()
+    hub.repos["ada/vectors"] = Repo()
+    commits = hub.repos["ada/vectors"].branches["main"]
+    commits.append(commits[-1] | {"evil_vectors.json": raw, "rude_vectors.json": b"{}"})
+    push_vectors(run, "ada/vectors", ["humorous"])
+    card = commits[-1]["README.md"].decode()
+    assert "| evil | mean difference | 93 / 100" in card and "| rude | made elsewhere, not recorded" in card
+    commits.append(commits[-1] | {"rude_vectors.json": b"[1]"})
+    refused("rude_vectors.json in ada/vectors is no record", push_vectors, run, "ada/vectors", ["humorous"])
+
+
 def test_revisions_and_private_repositories(hub, run, monkeypatch, tmp_path):
     push_vectors(run, "ada/vectors", ["evil"], private=True)
     push_vectors(run, "ada/vectors", ["humorous"], revision="wip")

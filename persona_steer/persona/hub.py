@@ -160,7 +160,7 @@ def _status_sentence(status: int, repo: str) -> str:
         return f"the hub has a problem (status {status}): try again later."
     return f"the hub refuses this (status {status}): check the name {repo} and the licence."
 
-# %% ../../nbs/persona/05_hub.ipynb #80614c28
+# %% ../../nbs/persona/05_hub.ipynb #7e81110c
 def push_vectors(
     folder: Path | str,  # holds vectors itself, or is a model's folder below runs/
     repo: str,  # user/name; made if it does not exist
@@ -214,7 +214,10 @@ def _records_there(info, repo: str, endpoint: str | None, overwrite: bool) -> di
     if not records:
         return {}
     folder = _snapshot(repo, info.sha, records, endpoint)
-    return {n.removesuffix(RECORD): load_json(folder / n) for n in records}
+    found = {n.removesuffix(RECORD): load_json(folder / n) for n in records}
+    broken = ", ".join(f"{t}{RECORD}" for t, r in found.items() if not isinstance(r, dict))
+    check(not broken, f"{broken} in {repo} is no record of vectors: push to another repository.")
+    return found
 
 
 def _check_same_models(others: dict, folder: Path | str, traits: list[str] | None, repo: str, overwrite: bool):

@@ -232,11 +232,12 @@ extraction questions, the table is over evaluation questions: mean [95% bootstra
 
 MEANS = ("trait", "coherence")
 
-# %% ../../nbs/persona/04a_model_card.ipynb #36eba275
+# %% ../../nbs/persona/04a_model_card.ipynb #f3ddb03f
 def _point(r: dict) -> tuple[int, float]:  # layer, coefficient
     "Where to steer with a vector: chapter 04's choice, else the middle layer."
     choice = r.get("measured", {}).get("evaluation", {}).get("choice", {})
-    return choice.get("layer") or max(1, r["shape"][0] // 2), choice.get("coefficient", 1.5)
+    rows = r["shape"][0] if "shape" in r else len(r.get("diagnostics", {}).get("layer", []))
+    return choice.get("layer") or max(1, rows // 2), choice.get("coefficient", 1.5)
 
 
 def _usage(records: dict, repo: str) -> str:

@@ -273,6 +273,16 @@ def test_a_push_that_fails_says_why_in_one_sentence(hub, run, where, status, wor
     assert not any("README.md" in c for r in hub.repos.values() for c in r.branches["main"])
 
 
+def test_a_storage_that_does_not_answer_is_told(hub, run, monkeypatch):
+    """Large files go through hf_xet where it is installed; this hub has no such storage."""
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    refused("storage cannot be reached for ada/vectors.*HF_HUB_DISABLE_XET=1", push_vectors, run, "ada/vectors")
+    assert "evil_vectors.json" not in hub.repos["ada/vectors"].files("main")
+
+
 def test_a_pull_that_fails_says_why_in_one_sentence(hub, run, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client waits before it tries again
     for status, words in ((401, "refuses the token"), (500, "status 500"), (429, "asks to wait")):

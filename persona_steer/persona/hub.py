@@ -96,7 +96,7 @@ def _check_finite(v: PersonaVectors, where: str):
     finite = all(torch.isfinite(getattr(v, k)).all() for k in POOLS)
     check(finite, f"the vectors of {v.trait} in {where} hold values that are not finite: make them again.")
 
-# %% ../../nbs/persona/05_hub.ipynb #9ff68a61
+# %% ../../nbs/persona/05_hub.ipynb #f546e33b
 @contextmanager
 def hub_errors(repo: str, revision: str = ""):
     "Turn what huggingface_hub raises into a `PersonaError` of one sentence."
@@ -136,6 +136,8 @@ def _sentence(e: BaseException, repo: str, revision: str) -> str:  # "" if it is
         return _status_sentence(status, repo)
     if any(isinstance(x, (TransportError, errors.LocalEntryNotFoundError)) for x in chain):
         return f"the hub cannot be reached for {repo}: check the network, and HF_ENDPOINT if it is set."
+    if any(isinstance(x, (ConnectionError, TimeoutError)) for x in chain):  # of hf_xet, which has no errors of its own
+        return f"the hub's storage cannot be reached for {repo}: check the network, or set HF_HUB_DISABLE_XET=1."
     return ""
 
 

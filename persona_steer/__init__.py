@@ -15,6 +15,7 @@ _WHERE = {
     "project": "projection", "finetune": "finetuning", "screen": "screening",
     "extract": "extraction", "steer": "lm.activations", "evaluate": "evaluation",
     "PersonaVectors": "persona.vectors", "save_vectors": "persona.vectors", "load_vectors": "persona.vectors", "PersonaError": "base.core",
+    "push_vectors": "persona.hub", "pull_vectors": "persona.hub",
 }
 __all__ = list(_WHERE)
 

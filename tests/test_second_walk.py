@@ -73,7 +73,7 @@ def test_a_choice_for_other_vectors_is_not_taken_and_told(pocket, runs, capsys):
         assert capsys.readouterr().out.count("chapter 04 chose for other vectors, so the coefficient is 1.5") == 1
 
 
-CHAPTERS = ["03_steer", "05a_monitor", "05e_propensity", "06a_families", "06b_guard", "07_screen"]
+CHAPTERS = ["03_steer", "05a_monitor", "05b_cosines", "05e_propensity", "06a_families", "06b_guard", "07_screen"]
 
 
 def code_cells_of(chapter):

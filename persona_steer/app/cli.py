@@ -26,8 +26,8 @@ def main_options():
     pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'finetune', 'report', 'batch', 'set_runs',
-           'Progress', 'job_line', 'finish_batch', 'joined', 'main']
+__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'finetune', 'report', 'push', 'pull', 'batch',
+           'set_runs', 'Progress', 'job_line', 'finish_batch', 'joined', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -131,6 +131,45 @@ def report(
     from persona_steer.reports.site import build_site
 
     typer.echo(build_site(runs, out, title))
+
+# %% ../../nbs/app/02_cli.ipynb #368a4d66
+@app.command()
+def push(
+    folder: str = typer.Argument(help="a folder with vectors, or a model's folder below runs/: all of its traits"),
+    repo: str = typer.Argument(help="user/name on the hub; made if it does not exist"),
+    trait: list[str] = typer.Option([], help="this trait alone; may be repeated"),
+    private: bool = typer.Option(False, help="make the repository a private one"),
+    revision: str = typer.Option("", help="a branch; default: main"),
+    license: str = typer.Option("", help="of the vectors, such as mit; default: none is stated"),
+    base_model: str = typer.Option("", help="hub id of the model, where its record does not name it"),
+    overwrite: bool = typer.Option(False, help="replace a README of other origin, and vectors of another model"),
+    dry_run: bool = typer.Option(False, help="print the files and the card, send nothing"),
+):
+    "Publish vectors on the hub, with a card that says how they were made and measured."
+    from persona_steer.persona.hub import CARD, files_to_push, push_vectors
+
+    given = (folder, repo, trait or None)
+    if not dry_run:
+        typer.echo(push_vectors(*given, private, revision, license, base_model, overwrite))
+        return
+    files = files_to_push(*given, license, base_model)
+    for name, content in files.items():
+        typer.echo(f"{len(content):>10,} bytes  {name}")
+    typer.echo("\n" + files[CARD].decode())
+
+
+@app.command()
+def pull(
+    repo: str = typer.Argument(help="user/name on the hub"),
+    out: str = typer.Argument(help="the folder that the vectors are written to"),
+    trait: list[str] = typer.Option([], help="this trait alone; may be repeated"),
+    revision: str = typer.Option("", help="a branch, a tag or a commit; default: main"),
+):
+    "Fetch vectors from the hub, and check them."
+    from persona_steer.persona.hub import pull_vectors, trait_folders
+
+    folder = pull_vectors(repo, trait or None, revision, out=out)
+    typer.echo(f"{folder}: vectors of {', '.join(trait_folders(folder, trait or None))}")
 
 # %% ../../nbs/app/02_cli.ipynb #8cd546df
 @app.command()

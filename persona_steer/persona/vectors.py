@@ -15,13 +15,23 @@ from ..lm.activations import POOLS
 from ..serving.vectors import read_vector, vector_digest
 
 # %% auto #0
-__all__ = ['random_like', 'PersonaVectors', 'vector_file', 'save_vectors', 'load_vector', 'load_vectors']
+__all__ = ['SHARED', 'random_like', 'shared_facts', 'PersonaVectors', 'vector_file', 'save_vectors', 'load_vector',
+           'load_vectors']
 
 # %% ../../nbs/persona/01_vectors.ipynb #0e58d133
 def random_like(v: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     "A random direction with the same norm in every row."
     r = torch.randn(v.shape, generator=rng)
     return r / r.norm(dim=1, keepdim=True) * v.norm(dim=1, keepdim=True)
+
+# %% ../../nbs/persona/01_vectors.ipynb #e4c3de5f
+SHARED = ("model", "fingerprint", "template", "hook_site", "index", "pooling", "dtype", "model_dtype")
+
+
+def shared_facts(*vectors: PersonaVectors) -> dict:
+    "Of the metadata that stay true of a combination (model, layers, pooling): those on which all these vectors agree."
+    first, *others = [v.metadata for v in vectors]
+    return {k: first[k] for k in SHARED if k in first and all(o.get(k) == first[k] for o in others)}
 
 # %% ../../nbs/persona/01_vectors.ipynb #b3c610ce
 @dataclass
@@ -43,6 +53,8 @@ class PersonaVectors:
     def origin(self) -> str:
         "What made the vectors, as reports name it."
         m = self.metadata
+        if "made_of" in m:
+            return f"vectors {m['made_of']}, combined from others"
         if "pairs_kept" not in m:
             return f"vectors of {self.trait} that were made elsewhere"
         seed = m.get("sampling", {}).get("seed")
@@ -51,16 +63,17 @@ class PersonaVectors:
         made += "" if seed is None else f", seed {seed}"
         return f"vectors of {self.trait} {m.get('key') or 'from CSV files'} ({made}, {m['time'][:10]})"
 
-    def _map(self, f, name: str) -> PersonaVectors:
-        return replace(self, trait=name, metadata={"made_of": name}, **{k: f(k) for k in POOLS})
+    def _map(self, f, name: str, *others: PersonaVectors) -> PersonaVectors:
+        about = shared_facts(self, *others) | {"made_of": name}
+        return replace(self, trait=name, metadata=about, **{k: f(k) for k in POOLS})
 
     def __add__(self, other):
         self._check_shape(other)
-        return self._map(lambda k: getattr(self, k) + getattr(other, k), f"{self.trait}+{other.trait}")
+        return self._map(lambda k: getattr(self, k) + getattr(other, k), f"{self.trait}+{other.trait}", other)
 
     def __sub__(self, other):
         self._check_shape(other)
-        return self._map(lambda k: getattr(self, k) - getattr(other, k), f"{self.trait}-{other.trait}")
+        return self._map(lambda k: getattr(self, k) - getattr(other, k), f"{self.trait}-{other.trait}", other)
 
     def _check_shape(self, other: PersonaVectors):
         shapes = [list(v.response_avg.shape) for v in (self, other)]

@@ -221,20 +221,24 @@ def format_interval(row, name: str, digits: int = 0, sign: str = "") -> str:  # 
     mean, low, high = (f"{v:{sign}.{digits}f}" for v in values)
     return f"{mean} [{low}, {high}]"
 
-# %% ../nbs/02a_estimators.ipynb #5370aa9a
+# %% ../nbs/02a_estimators.ipynb #4c8d2067
+def _beside_default(table: pd.DataFrame, name: str, column: str, digits: int) -> str:  # "9.1 [8, 10]; `...` 6.4 [5, 7]"
+    "A value with its interval, and the mean difference's."
+    text = format_interval(table.loc[name], column, digits)
+    return text if name == DEFAULT else f"{text}; `{DEFAULT}` {format_interval(table.loc[DEFAULT], column, digits)}"
+
+
 def steering_sentence(summary: pd.DataFrame, target: float) -> str:
-    "Which estimator gives the highest trait score at a divergence, and whether that differs from the mean difference."
+    "Which estimator gives the highest trait score at a divergence, and which differ from the mean difference."
     table = summary[(summary.target_kl == target) & summary.condition.isin(ESTIMATORS)].set_index("condition")
-    best = table.trait.idxmax()
-    text = f"At {target:g} nats per token the highest trait score is that of `{best}`"
-    text += f" ({format_interval(table.loc[best], 'trait')})"
-    others = table.drop(index=DEFAULT)
-    worse, better = (list(others.index[m]) for m in (others.against_default_high < 0, others.against_default_low > 0))
-    for names, what in ((better, "higher"), (worse, "lower")):
-        if names:
-            text += f"; {' and '.join(f'`{n}`' for n in names)} {'score' if len(names) > 1 else 'scores'} {what}"
-            text += f" than `{DEFAULT}`"
-    return text + ("." if better or worse else f"; none differs from `{DEFAULT}` beyond its interval.")
+    best, others = table.trait.idxmax(), table.drop(index=DEFAULT)
+    above, below = (others.index[m] for m in (others.against_default_low > 0, others.against_default_high < 0))
+    higher, lower = (" and ".join(f"`{name}`" for name in names) or "none" for names in (above, below))
+    return (
+        f"At {target:g} nats per token the highest trait score is that of `{best}` "
+        f"({_beside_default(table, best, 'trait', 0)}). Beyond the interval of the difference, higher than the mean "
+        f"difference: {higher}; lower: {lower}."
+    )
 
 
 def separation_sentence(table: pd.DataFrame, layer: int) -> str:
@@ -242,12 +246,12 @@ def separation_sentence(table: pd.DataFrame, layer: int) -> str:
     at = table[table.layer == layer].set_index("estimator")
     best, stable = at.d_prime.idxmax(), at.split_half.idxmax()
     return (
-        f"In layer {layer} `{best}` separates held-out answers best (d' {format_interval(at.loc[best], 'd_prime', 2)}, "
-        f"`{DEFAULT}` {format_interval(at.loc[DEFAULT], 'd_prime', 2)}), and `{stable}` depends least on the questions "
-        f"(split-half cosine {at.split_half[stable]:.2f}, `{DEFAULT}` {at.split_half[DEFAULT]:.2f})."
+        f"In layer {layer} `{best}` separates held-out answers best (d' {_beside_default(at, best, 'd_prime', 1)}), "
+        f"and `{stable}` depends least on the questions (split-half cosine "
+        f"{_beside_default(at, stable, 'split_half', 2)})."
     )
 
-# %% ../nbs/02a_estimators.ipynb #6147e9ac
+# %% ../nbs/02a_estimators.ipynb #007ffe9f
 COLORS = {
     "mean_difference": "#000000",
     "pca_pairs": "#1b7837",
@@ -277,7 +281,7 @@ def plot_layers(table: pd.DataFrame, layer: int = 0):
         ax.axvline(layer, color="#999999", ls=":", lw=1)
         ax.set(title=title, xlabel="layer" if ax in axes[1] else "")
         ax.grid(alpha=0.25)
-    axes[0, 0].legend(fontsize=8, frameon=False)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/02a_estimators.ipynb #12837be4

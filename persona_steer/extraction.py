@@ -22,14 +22,15 @@ from .lm.activations import POOLS
 from .lm.generation import SamplingParams, collect_activations, sampling_for
 from .lm.models import LoadedModel
 from .lm.tables import BOOKKEEPING, generate_table
+from .persona.estimators import DEFAULT, estimate_layers, estimate_vectors, find_estimator
 from .persona.scores import MIN_COHERENCE, auc, format_auc, load_scores, pair_mask, save_scores
 from .persona.traits import Trait, system_prompt
 from .persona.vectors import PersonaVectors, load_vectors, save_vectors
 
 # %% auto #0
-__all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'score_in_background', 'mean_difference', 'separation', 'diagnose',
-           'Extraction', 'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'load_or_extract',
-           'plot_scores', 'quoted', 'plot_diagnostics']
+__all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'score_in_background', 'separation', 'diagnose', 'Extraction',
+           'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'load_or_extract', 'plot_scores',
+           'quoted', 'plot_diagnostics']
 
 # %% ../nbs/02_extract.ipynb #8c37fb3b
 def extraction_rows(
@@ -67,12 +68,6 @@ def score_in_background(judge: Judge):  # a function like `add_scores`, whose re
     finally:
         thread.shutdown(wait=False, cancel_futures=True)  # what has been asked by then is stored when it comes
 
-# %% ../nbs/02_extract.ipynb #380ea8e7
-def mean_difference(pos: dict, neg: dict, kept: np.ndarray, trait: str) -> PersonaVectors:
-    "mean(pos[kept]) - mean(neg[kept]) of pooled activations `[rows, layers + 1, hidden]`."
-    kept = torch.as_tensor(kept)
-    return PersonaVectors(trait, **{k: pos[k][kept].mean(0) - neg[k][kept].mean(0) for k in POOLS})
-
 # %% ../nbs/02_extract.ipynb #102e79c6
 def separation(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:  # [rows, layers] each -> [layers]
     "d' = difference of means / root mean of variances."
@@ -85,22 +80,23 @@ def diagnose(
     questions=None,  # the question of each pair; None: each pair has its own
     splits: int = 20,
     seed: int = 0,
+    estimator: str = DEFAULT,
 ) -> pd.DataFrame:  # layer, norm, split_half, d_prime
-    """Norm, split-half cosine and d' of the mean difference per layer. No question stands in both halves; NaN with
-    fewer than four questions."""
+    """Norm, split-half cosine and d' of the vector per layer. No question stands in both halves; NaN with fewer than
+    four questions."""
     groups, names = pd.factorize(np.arange(len(pos)) if questions is None else np.asarray(questions))
     rng, halves, ds = np.random.default_rng(seed), [], []
     for _ in range(splits if len(names) >= 4 else 0):
         first = np.isin(groups, rng.permutation(len(names))[: len(names) // 2])
         a, b = torch.as_tensor(first), torch.as_tensor(~first)
-        va, vb = (pos[i].mean(0) - neg[i].mean(0) for i in (a, b))
+        va, vb = (estimate_layers(pos[i], neg[i], estimator) for i in (a, b))
         halves.append(torch.cosine_similarity(va, vb, dim=-1))
         ds.append(separation((pos[b] * va).sum(-1), (neg[b] * va).sum(-1)))
     nothing = torch.full((pos.shape[1],), torch.nan)
     return pd.DataFrame(
         {
             "layer": range(pos.shape[1]),
-            "norm": (pos.mean(0) - neg.mean(0)).norm(dim=-1),
+            "norm": estimate_layers(pos, neg, estimator).norm(dim=-1),
             "split_half": torch.stack(halves).mean(0) if halves else nothing,
             "d_prime": torch.stack(ds).mean(0) if ds else nothing,
         }
@@ -150,14 +146,17 @@ def extract(
     overwrite: bool = False,
     engine=None,  # what writes the answers: None for Hugging Face, or a VLLMEngine
     min_coherence: float = MIN_COHERENCE,  # of both answers of a kept pair
+    estimator: str = DEFAULT,  # how the vector is found: a name in `persona.estimators.ESTIMATORS`
 ) -> Extraction:
     "Extract a trait's vectors while the model answers; loads them if they are there from the same inputs."
+    find_estimator(estimator)  # an unknown name is refused before anything is generated
     pairs, sampling = judge.generating_pairs(trait), sampling or sampling_for(lm)
     judge.check(trait, 2 * n * len(trait.extract_questions) * len(pairs))
     folder = Path(out) if out else extraction_folder(lm, trait.name)
     model = [lm.fingerprint, lm.template_hash, str(lm.model.dtype)]
     answers = [n, asdict(sampling), threshold, engine and engine.name, pairs, min_coherence]
-    key = digest(*model, asdict(trait), judge.name, judge.key, *answers)
+    other = [] if estimator == DEFAULT else [estimator]  # keys from before there was a choice stay as they were
+    key = digest(*model, asdict(trait), judge.name, judge.key, *answers, *other)
     if Cache(folder, key, overwrite).load(f"{trait.name}_vectors.json"):
         return load_extraction(folder, trait.name)
     print(f"The vectors go to {folder}.")
@@ -172,7 +171,7 @@ def extract(
             sides[sign] = scores_of(table, lm, judge, trait, f"judge {label}"), acts
         pos, neg = ((scores.result(), acts) for scores, acts in sides.values())
     facts = dict(n=n, pairs=pairs, sampling=asdict(sampling), engine=engine.name if engine else "hf")
-    return _finish(lm, trait, judge.name, folder, pos, neg, threshold, min_coherence, key=key, **facts)
+    return _finish(lm, trait, judge.name, folder, pos, neg, threshold, min_coherence, estimator, key=key, **facts)
 
 # %% ../nbs/02_extract.ipynb #2c74cf26
 def extract_from_scores(
@@ -183,9 +182,11 @@ def extract_from_scores(
     threshold: float = 50,
     out: Path | str = "",
     min_coherence: float = MIN_COHERENCE,
+    estimator: str = DEFAULT,
 ) -> Extraction:
     """Extract from two CSVs of scored responses, this project's or published ones: the texts are read once through the
     model."""
+    find_estimator(estimator)
     folder = Path(out) if out else extraction_folder(lm, trait.name)
     sides = [load_scores(p, trait.name) for p in (pos_csv, neg_csv)]
     pair_mask(*sides, trait.name, threshold, min_coherence)  # an unusable file is refused before the model runs
@@ -195,16 +196,16 @@ def extract_from_scores(
     ]
     pos, neg = zip(sides, pooled)
     facts = dict(key="", csv=[str(pos_csv), str(neg_csv)])
-    return _finish(lm, trait, "as in the CSV", folder, pos, neg, threshold, min_coherence, **facts)
+    return _finish(lm, trait, "as in the CSV", folder, pos, neg, threshold, min_coherence, estimator, **facts)
 
 # %% ../nbs/02_extract.ipynb #b20dc4ac
 HOOK_SITE = "output of the block (before the final norm, also in the last layer); row 0 is the input of block 1"
 
 # %% ../nbs/02_extract.ipynb #45fefc97
-def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, **facts) -> Extraction:
-    "Filter, average, diagnose, write."
+def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, estimator, **facts) -> Extraction:
+    "Filter, estimate, diagnose, write."
     (pos, pos_acts), (neg, neg_acts), name = pos, neg, trait.name
-    _set_aside(folder, name, facts["key"])
+    _set_aside(folder, name, facts["key"], estimator)
     for sign, frame in (("pos", pos), ("neg", neg)):
         save_scores(frame, folder / f"{name}_{sign}.csv", name)
     kept = pair_mask(pos, neg, name, threshold, min_coherence)
@@ -212,15 +213,17 @@ def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, *
         torch.isfinite(pos_acts["response_avg"]).all(-1).all(-1).numpy()
         & torch.isfinite(neg_acts["response_avg"]).all(-1).all(-1).numpy()
     )
-    vectors = mean_difference(pos_acts, neg_acts, kept, name)
+    vectors = estimate_vectors(pos_acts, neg_acts, kept, name, estimator)
     own, others = (acts["response_avg"][torch.as_tensor(kept)] for acts in (pos_acts, neg_acts))
-    table = diagnose(own, others, pos.question[kept])
+    splits = 20 if estimator == DEFAULT else 4  # the others are fitted anew for each half and layer
+    table = diagnose(own, others, pos.question[kept], splits, estimator=estimator)
     empty = int((pos.answer.str.strip() == "").sum() + (neg.answer.str.strip() == "").sum())
     vectors.metadata = provenance(
         trait=name,
         definition=digest(asdict(trait)),
         model=lm.name,
         fingerprint=lm.fingerprint,
+        estimator=estimator,
         judge=judge_name,
         hook_site=HOOK_SITE,
         index="row l = layer l, 1-based; row 0 = embedding",
@@ -241,10 +244,11 @@ def _finish(lm, trait, judge_name, folder, pos, neg, threshold, min_coherence, *
     return Extraction(vectors, pos, neg, kept, table, folder)
 
 # %% ../nbs/02_extract.ipynb #170737cc
-def _set_aside(folder: Path, trait: str, key: str):
+def _set_aside(folder: Path, trait: str, key: str, estimator: str):
     "Move an extraction from other inputs to earlier/{its key}: results that were made with it still name that key."
     known = load_json(folder / f"{trait}_vectors.json", {})
-    if known and known.get("key") != key:
+    # extractions from CSV files have no key, so the estimator is compared too
+    if known and (known.get("key"), known.get("estimator", DEFAULT)) != (key, estimator):
         endings = [f"{k}_diff.pt" for k in POOLS] + ["pos.csv", "neg.csv", "vectors.json"]
         # what describes them goes with them
         names = [*(f"{trait}_{x}" for x in endings), "summary.json", "provenance.json"]

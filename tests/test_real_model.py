@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from persona_steer.extraction import extraction_rows, mean_difference
+from persona_steer.extraction import extraction_rows
 from persona_steer.judges.likelihood import measure_texts
 from persona_steer.lm.activations import steer
 from persona_steer.lm.generation import SamplingParams, collect_activations, encode_pair, generate
 from persona_steer.lm.gguf_files import SMOLLM2, packaged_file
 from persona_steer.lm.models import load_model
 from persona_steer.lm.tables import generate_table
+from persona_steer.persona.estimators import estimate_vectors
 from persona_steer.persona.traits import load_trait, system_prompt
 
 if packaged_file(SMOLLM2) is None:
@@ -105,7 +106,7 @@ def test_a_small_sweep_goes_the_right_way(lm):
         return generate_table(lm, rows.head(10), SamplingParams(24, 0.7), return_activations=True, label=sign)[1]
 
     pos, neg = side("pos"), side("neg")
-    vector = mean_difference(pos, neg, np.ones(10, bool), "evil").response_avg
+    vector = estimate_vectors(pos, neg, np.ones(10, bool), "evil").response_avg
     questions = list(EVIL.eval_questions[:6])
     prompts = [lm.prompt(q) for q in questions for _ in range(3)]
     steering = steer(lm, vector, 18, torch.tensor([-2.0, 0.0, 2.0] * 6))

@@ -36,7 +36,8 @@ def shared_facts(*vectors: PersonaVectors) -> dict:
 # %% ../../nbs/persona/01_vectors.ipynb #b3c610ce
 @dataclass
 class PersonaVectors:
-    "Mean over positive minus mean over negative, for three ways of pooling; float32 `[layers + 1, hidden]` each."
+    """Mean over positive minus mean over negative (or what another estimator finds), for three ways of pooling; float32
+    `[layers + 1, hidden]` each."""
 
     trait: str
     prompt_avg: torch.Tensor
@@ -61,6 +62,8 @@ class PersonaVectors:
         pairs = f"{m['pairs_kept']} of {m['pairs_made']} pairs, threshold {m['threshold']:g}"
         made = f"on {m['model']}, {pairs}, judge {m['judge']}"
         made += "" if seed is None else f", seed {seed}"
+        other = m.get("estimator", "mean_difference")  # metadata from before there was a choice do not name it
+        made += "" if other == "mean_difference" else f", estimator {other}"
         return f"vectors of {self.trait} {m.get('key') or 'from CSV files'} ({made}, {m['time'][:10]})"
 
     def _map(self, f, name: str, *others: PersonaVectors) -> PersonaVectors:

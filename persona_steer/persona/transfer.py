@@ -29,7 +29,7 @@ from .vectors import PersonaVectors, load_vector, load_vectors, save_vectors
 
 # %% auto #0
 __all__ = ['ENDINGS', 'file_format', 'find_vectors', 'model_type_of', 'export_vectors', 'read_vectors', 'check_new',
-           'import_vectors']
+           'import_vectors', 'describe_import']
 
 # %% ../../nbs/persona/04c_transfer.ipynb #ab9c70bc
 ENDINGS = {".gguf": "gguf", ".safetensors": "safetensors", ".pt": "pt"}  # file ending -> format
@@ -224,3 +224,13 @@ def import_vectors(
     v = PersonaVectors(trait, metadata=provenance(**facts, imported_from=source), **three)
     save_vectors(v, folder, overwrite)
     return v
+
+# %% ../../nbs/persona/04c_transfer.ipynb #d8a4ea7f
+def describe_import(v: PersonaVectors, folder: Path | str) -> str:
+    "One sentence: what was saved, where, and which layers the file lacks."
+    parts = []
+    for pooling, layers in v.metadata["layers"].items():
+        lacking = [l for l in range(1, len(v.response_avg)) if l not in layers]
+        lacks = f"; no values at layer {_ranges(lacking)}, which cannot be steered" if lacking else ""
+        parts.append(f"{pooling} at layers {_ranges([l for l in layers if l])}{lacks}")
+    return f"{folder}: vectors of {v.trait} for {v.metadata['model']}, {'; '.join(parts)}."

@@ -114,7 +114,9 @@ def export_file(
     out: str = typer.Argument(help="a file that ends in .gguf (llama.cpp), .safetensors or .pt"),
     format: str = typer.Option("", help="gguf, safetensors or pt; default: by the ending"),
     trait: str = typer.Option("", help="needed where the folder holds several"),
-    pooling: str = typer.Option("response_avg", help="the vector in a gguf or pt file; safetensors holds all three"),
+    pooling: str = typer.Option(
+        "", help="of the vector in a gguf or pt file; default: a file's own, else response_avg"
+    ),
     coefficient: float = typer.Option(1.0, help="multiplies the values"),
     layers: str = typer.Option("", help="such as 15 or 14,15; default: all that the format can name"),
     model_hint: str = typer.Option("", help="for gguf, the model's architecture; default: as its config says"),

@@ -188,7 +188,7 @@ def read_gguf(path: Path | str) -> tuple[Directions, dict]:  # and what the file
     own = _as_dict(path, value("persona_steer.metadata"))
     return Directions(rows, str(path)), own | {"model_hint": value(f"{ARCHITECTURE}.model_hint") or ""}
 
-# %% ../../nbs/persona/04_exchange.ipynb #b3d18dbf
+# %% ../../nbs/persona/04_exchange.ipynb #b8bbc34e
 FORMAT = "persona_steer"
 
 
@@ -216,7 +216,9 @@ def write_safetensors(path: Path | str, v: PersonaVectors) -> Path:
         f"nothing says which model the vectors of {v.trait} are for: export them from a folder with "
         f"{v.trait}_vectors.json, such as 02_extract and persona-steer import write.",
     )
-    tensors = {k: getattr(v, k).float().contiguous().cpu() for k in POOLS if not getattr(v, k).isnan().all()}
+    there = [k for k in POOLS if not getattr(v, k).isnan().all()]
+    # cloned, since two poolings may be one tensor, which the format refuses
+    tensors = {k: getattr(v, k).detach().cpu().float().contiguous().clone() for k in there}
     check(tensors, f"the vectors of {v.trait} hold no values.")
     with atomic_path(path) as tmp:
         save_file(tensors, tmp, _header(v, list(tensors)))

@@ -28,10 +28,10 @@ from persona_steer.persona.exchange import (
 from .vectors import PersonaVectors, load_vector, load_vectors, save_vectors
 
 # %% auto #0
-__all__ = ['ENDINGS', 'file_format', 'find_vectors', 'model_type_of', 'export_vectors', 'read_vectors', 'check_new',
+__all__ = ['ENDINGS', 'file_format', 'pooling_of', 'find_vectors', 'model_type_of', 'export_vectors', 'read_vectors', 'check_new',
            'import_vectors', 'describe_import']
 
-# %% ../../nbs/persona/04c_transfer.ipynb #ab9c70bc
+# %% ../../nbs/persona/04c_transfer.ipynb #f0a1a284
 ENDINGS = {".gguf": "gguf", ".safetensors": "safetensors", ".pt": "pt"}  # file ending -> format
 
 
@@ -49,25 +49,33 @@ def _traits_in(folder: Path, pooling: str) -> list[str]:
     return sorted(p.name.removesuffix(ending) for p in folder.glob(f"*{ending}"))
 
 
-def find_vectors(source: Path | str, trait: str = "", pooling: str = "response_avg") -> PersonaVectors:
-    """The vectors that a folder or a vector file stands for. A file gives one pooling, and the metadata beside it if it
-    is called as the published ones are; raises `PersonaError` if there is nothing, or too much to choose from."""
+def pooling_of(source: Path, wanted: str = "") -> str:
+    "Which pooling is meant: the one that is wanted, else that of a file with a published name, else response_avg."
+    check(not wanted or wanted in POOLS, f"pooling '{wanted}' is unknown: use {', '.join(POOLS)}.")
+    own = next((k for k in POOLS if source.name.endswith(f"_{k}_diff.pt")), "")
+    check(not (own and wanted) or own == wanted, f"{source.name} holds {own}, not {wanted}: leave --pooling out.")
+    return wanted or own or "response_avg"
+
+
+def find_vectors(source: Path | str, trait: str = "", pooling: str = "") -> PersonaVectors:
+    """The vectors that a folder or a vector file stands for. A file gives one pooling (see `pooling_of`), and the
+    metadata beside it if it is called as the published ones are; raises `PersonaError` if there is nothing, or too much
+    to choose from."""
     source = Path(source).expanduser()
-    check(pooling in POOLS, f"pooling '{pooling}' is unknown: use {', '.join(POOLS)}.")
     check(source.exists(), f"{source} does not exist: give a folder with vectors, or a vector file.")
+    pooling = pooling_of(source, pooling)
     if source.is_dir():
         there = _traits_in(source, pooling)
         check(there, f"there is no vector file (*_{pooling}_diff.pt) in {source}.")
         check(trait or len(there) == 1, f"{source} holds vectors of {', '.join(there)}: say which with --trait.")
         return load_vectors(source, trait or there[0])
-    own = next((k for k in POOLS if source.name.endswith(f"_{k}_diff.pt")), "")
-    name = source.name.removesuffix(f"_{own}_diff.pt") if own else source.stem
+    name = source.name.removesuffix(f"_{pooling}_diff.pt").removesuffix(".pt")
     matrix = load_vector(source)
-    three = {k: matrix if k == (own or pooling) else torch.full_like(matrix, float("nan")) for k in POOLS}
+    three = {k: matrix if k == pooling else torch.full_like(matrix, float("nan")) for k in POOLS}
     about = load_json(source.with_name(f"{name}_vectors.json"), {})
     return PersonaVectors(trait or name, metadata=about, **three)
 
-# %% ../../nbs/persona/04c_transfer.ipynb #01ae0742
+# %% ../../nbs/persona/04c_transfer.ipynb #3704a792
 def model_type_of(name: str) -> str:  # such as llama; "" if the model cannot be found
     "The architecture of a model as its config names it, without loading its weights."
     from transformers import AutoConfig
@@ -91,6 +99,7 @@ def _selected(v: PersonaVectors, pooling: str, layers: list[int], coefficient: f
 
 
 def _save_tensor(path: Path, vector: torch.Tensor):
+    check(not vector.isnan().all(), f"there are no values to write into {path.name}: choose another --pooling.")
     with atomic_path(path) as tmp:
         torch.save(vector.float().contiguous().cpu(), tmp)
 
@@ -103,13 +112,13 @@ def _hint(v: PersonaVectors, given: str) -> str:
     check(hint, f"{unknown}, so its architecture is not known: give it with --model-hint, such as llama or qwen2.")
     return hint
 
-# %% ../../nbs/persona/04c_transfer.ipynb #a296786e
+# %% ../../nbs/persona/04c_transfer.ipynb #b198352e
 def export_vectors(
     source: Path | str,  # a folder with vectors, or a vector file
     out: Path | str,
     format: str = "",  # gguf, safetensors or pt; "": by the ending
     trait: str = "",  # needed where the folder holds several
-    pooling: str = "response_avg",  # which vector a gguf or pt file holds; safetensors holds all three
+    pooling: str = "",  # of the vector in a gguf or pt file; "": a file's own, else response_avg
     coefficient: float = 1.0,  # multiplies the values
     layers=(),  # those wanted, such as [15]; none: all that the format can name
     model_hint: str = "",  # for gguf; "": looked up in the config of the model that the metadata names
@@ -118,13 +127,14 @@ def export_vectors(
     "Write vectors as one file for another tool; raises `PersonaError` for what the format cannot express."
     out, kind, layers = Path(out).expanduser(), file_format(out, format), as_list(layers, int)
     check(overwrite or not out.exists(), f"{out} exists: choose another name, or use --overwrite.")
-    v = find_vectors(source, trait, pooling)
+    v, pooling = find_vectors(source, trait, pooling), pooling_of(Path(source), pooling)
     if kind == "gguf":
         return _export_gguf(out, v, pooling, coefficient, layers, model_hint)
     v = _selected(v, pooling, layers, coefficient)
     if kind == "safetensors":
         write_safetensors(out, v)
-        return [f"{out}: {v.trait}, {', '.join(POOLS)}, with metadata."]
+        held = [k for k in POOLS if not getattr(v, k).isnan().all()]
+        return [f"{out}: {v.trait}, {', '.join(held)}, with metadata."]
     _save_tensor(out, getattr(v, pooling))
     return [f"{out}: {v.trait}, {pooling}, {list(v.response_avg.shape)}, without metadata."]
 

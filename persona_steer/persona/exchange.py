@@ -19,10 +19,10 @@ from .vectors import PersonaVectors
 from ..serving.vectors import read_vector
 
 # %% auto #0
-__all__ = ['INDEX', 'ARCHITECTURE', 'FIRST_IN_LLAMA_CPP', 'FORMAT', 'LAYOUTS', 'named_rows', 'left_out', 'Directions',
-           'write_gguf', 'read_gguf', 'write_safetensors', 'read_safetensors', 'read_tensor']
+__all__ = ['INDEX', 'ARCHITECTURE', 'FIRST_IN_LLAMA_CPP', 'FORMAT', 'LAYOUTS', 'named_rows', 'check_coefficient', 'left_out',
+           'Directions', 'write_gguf', 'read_gguf', 'write_safetensors', 'read_safetensors', 'read_tensor']
 
-# %% ../../nbs/persona/04_exchange.ipynb #a7788b4d
+# %% ../../nbs/persona/04_exchange.ipynb #3ff2fd48
 INDEX = "row l = layer l, 1-based; row 0 = embedding"  # as the metadata of an extraction says it
 
 
@@ -46,11 +46,18 @@ def named_rows(
     return {l: v[l].numpy().copy() for l in sorted(set(found))}
 
 
+def check_coefficient(coefficient: float):
+    "Raise `PersonaError` unless a vector times this number is a vector with a direction."
+    check(
+        np.isfinite(coefficient) and coefficient, f"the coefficient {coefficient:g} leaves no direction: give another."
+    )
+
+
 def left_out(vector: torch.Tensor, layers) -> list[int]:
     "Rows of a vector (0: the embedding) that have values and are not among those layers."
     return [l for l, row in enumerate(vector) if l not in layers and not bool(row.isnan().all())]
 
-# %% ../../nbs/persona/04_exchange.ipynb #8696e4d3
+# %% ../../nbs/persona/04_exchange.ipynb #87fa934d
 @dataclass
 class Directions:
     "A vector as a file or an object of another tool holds it: some rows, each under its layer here."
@@ -74,11 +81,9 @@ class Directions:
     def hidden_size(self) -> int:
         return len(next(iter(self.rows.values())))
 
-    def matrix(
-        self, n_layers: int, hidden_size: int, name: str = "the model"
-    ) -> torch.Tensor:  # float32 [layers + 1, hidden]
-        """All rows for a model of this size, NaN where there is none; raises `PersonaError` if they are for another
-        model."""
+    def matrix(self, n_layers: int, hidden_size: int, name: str = "the model") -> torch.Tensor:
+        """Float32 [layers + 1, hidden] for a model of this size, NaN in the rows that are missing; raises
+        `PersonaError` if the directions are for another model."""
         made = f"{name} has {n_layers} layers: it was made for another model."
         check(
             self.hidden_size == hidden_size,
@@ -92,7 +97,7 @@ class Directions:
             out[l] = torch.from_numpy(v)
         return out
 
-# %% ../../nbs/persona/04_exchange.ipynb #53e0f298
+# %% ../../nbs/persona/04_exchange.ipynb #e587f56e
 ARCHITECTURE = "controlvector"
 FIRST_IN_LLAMA_CPP = 2  # direction.1; direction.0, which would be layer 1, makes llama.cpp refuse the file
 
@@ -114,6 +119,7 @@ def write_gguf(
     from gguf import GGUFWriter
 
     rows = named_rows(vector, layers, FIRST_IN_LLAMA_CPP, "a llama.cpp file")
+    check_coefficient(coefficient)
     check(model_hint.strip(), "a GGUF control vector names the model's architecture, such as llama: give it.")
     with atomic_path(path) as tmp:
         w = GGUFWriter(str(tmp), ARCHITECTURE)
@@ -128,7 +134,7 @@ def write_gguf(
         w.close()
     return list(rows)
 
-# %% ../../nbs/persona/04_exchange.ipynb #b85b08b6
+# %% ../../nbs/persona/04_exchange.ipynb #e0448d4d
 def _open_gguf(path: Path):
     "A reader of a GGUF file, and a function that gives the value of a key (None: not there)."
     _need_gguf()
@@ -183,6 +189,9 @@ def read_gguf(path: Path | str) -> tuple[Directions, dict]:  # and what the file
     rows = {}
     for t in reader.tensors:
         l = _gguf_layer(path, t.name)
+        check(
+            l not in rows, f"{path} holds two directions for layer {l}, which llama.cpp would add up: write their sum."
+        )
         check(t.tensor_type.name == "F32", f"{path}: {t.name} is {t.tensor_type.name}, but control vectors are F32.")
         rows[l] = t.data
     own = _as_dict(path, value("persona_steer.metadata"))

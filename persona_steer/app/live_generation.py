@@ -136,7 +136,7 @@ class ServedModel:
         "The lengths of a vector; raises `PersonaError` if the server does not have it."
         known = self.about["vectors"]
         check(vector in known, unknown_name(vector, list(known), f"{address(self.url)} has no vector '{{}}'"))
-        return torch.tensor(known[vector]["norms"])
+        return torch.tensor([float("nan") if n is None else n for n in known[vector]["norms"]])
 
 
 def connect(name: str) -> ServedModel:  # http://host:8000/v1, with #model for one of several

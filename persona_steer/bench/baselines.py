@@ -15,6 +15,7 @@ import torch
 from ..lm.generation import SamplingParams, padded
 from ..lm.models import LoadedModel
 from ..lm.tables import generate_table, table_steering
+from ..persona.peer_objects import repeng_package
 from ..projection import project
 
 # %% auto #0
@@ -112,15 +113,11 @@ def with_repeng(lm: LoadedModel, prompts: list[str], answers: list[str], batch_s
     import contextlib
     import io
 
-    import numpy as np
-
-    if not hasattr(np, "float_"):
-        np.float_ = np.float64  # repeng 0.4 names a type that numpy 2 no longer has
-    from repeng import ControlVector, DatasetEntry
-
-    pairs = [DatasetEntry(positive=p, negative=n) for p, n in _pairs(prompts, answers)]
+    repeng = repeng_package()
+    pairs = [repeng.DatasetEntry(positive=p, negative=n) for p, n in _pairs(prompts, answers)]
     with contextlib.redirect_stderr(io.StringIO()):  # two progress bars that cannot be switched off
-        return ControlVector.train(lm.model, lm.tokenizer, pairs, batch_size=batch_size, method="pca_center").directions
+        control = repeng.ControlVector.train(lm.model, lm.tokenizer, pairs, batch_size=batch_size, method="pca_center")
+    return control.directions
 
 # %% ../../nbs/bench/00_baselines.ipynb #897fa506
 def library_ways(lm: LoadedModel, own: LoadedModel, prompts: list[str], answers: list[str]) -> dict:

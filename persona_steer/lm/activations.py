@@ -267,7 +267,10 @@ def _row(vector, layer: int, lm: LoadedModel) -> torch.Tensor:  # [hidden]
     "The vector for a layer."
     v = validate_vector(vector, lm)
     v = v if v.dim() == 1 else v[layer]
-    check(torch.isfinite(v).all(), f"the vector holds NaN or infinite values at layer {layer}: extract it again.")
+    check(
+        torch.isfinite(v).all(),
+        f"the vector holds NaN or infinite values at layer {layer}: choose another one, or extract it.",
+    )
     return v
 
 

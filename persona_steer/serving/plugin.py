@@ -34,7 +34,9 @@ def engine_options(
     matrices = served_vectors(vectors)
     digests = {name: vector_digest(v) for name, v in matrices.items()}
     zeros = [[name, l] for name, v in matrices.items() for l in range(1, len(v)) if not bool(v[l].any())]
-    config = dict(vectors=vectors, digests=digests, slots=slots, monitors=monitors, capture=capture, zeros=zeros)
+    missing = [[name, l] for name, v in matrices.items() for l in range(1, len(v)) if bool(v[l].isnan().any())]
+    config = dict(vectors=vectors, digests=digests, slots=slots, monitors=monitors, capture=capture)
+    config |= dict(zeros=zeros, missing=missing)
     return dict(worker_cls=WORKER, additional_config={KEY: config | dict(max_coefficient=max_coefficient)})
 
 
@@ -50,8 +52,8 @@ class Served:
     @property
     def limits(self) -> Limits:
         most = self.config["max_coefficient"] or float("inf")
-        zeros = tuple((name, layer) for name, layer in self.config.get("zeros", ()))
-        return Limits(tuple(self.digests), self.n_layers, most, self.config["monitors"], zeros=zeros)
+        zeros, missing = (tuple(map(tuple, self.config.get(k, ()))) for k in ("zeros", "missing"))
+        return Limits(tuple(self.digests), self.n_layers, most, self.config["monitors"], zeros=zeros, missing=missing)
 
     def key(self, spec) -> str:  # "" where nothing is steered
         "What steering does to a cache: the specification, and the values of the vectors that it names."

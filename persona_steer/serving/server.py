@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -251,7 +252,8 @@ def _describe(served: Served) -> dict:
         same = vector_digest(matrix) == served.digests[name]
         check(same, f"the file of vector '{name}' has changed since the server was started.")
         rows = [vector_digest(row) for row in matrix]
-        vectors[name] = {"digest": served.digests[name], "rows": rows, "norms": matrix.norm(dim=1).tolist()}
+        norms = [n if math.isfinite(n) else None for n in matrix.norm(dim=1).tolist()]  # None: a layer the file lacks
+        vectors[name] = {"digest": served.digests[name], "rows": rows, "norms": norms}
     return dict(
         vectors=vectors,
         layers=served.n_layers,

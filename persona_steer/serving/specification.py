@@ -139,6 +139,7 @@ class Limits:
     monitors: int = 8  # the first so many vectors can be monitored
     ablations: int = ABLATIONS
     zeros: tuple = ()  # (name, layer) where a vector is 0 and has no direction
+    missing: tuple = ()  # (name, layer) that the file of a vector lacks
 
     def read(self, fields: dict) -> tuple[SteeringSpec | None, tuple]:  # what is steered; what is monitored
         "`steer` and `monitor` of a request or a preset; raises `PersonaError` for what cannot be applied."
@@ -178,3 +179,5 @@ class Limits:
     def _check(self, name: str, layer: int):
         check(name in self.names, unknown_name(name, list(self.names), "there is no vector '{}' here"))
         check(1 <= layer <= self.n_layers, f"layer {layer} does not exist: the model has layers 1 to {self.n_layers}.")
+        there = (name, layer) not in self.missing
+        check(there, f"vector '{name}' has no values at layer {layer} (its file lacks them): choose another layer.")

@@ -86,11 +86,14 @@ class SteeringTables:
         "Make a vector known; raises `PersonaError` if it is for another model."
         want = (self.n_layers + 1, self.table[0].shape[1])
         check(tuple(vector.shape) == want, f"vector '{name}' is {list(vector.shape)} but the model needs {list(want)}.")
-        check(bool(torch.isfinite(vector).all()), f"vector '{name}' holds NaN or infinite values.")
+        # a row of NaN is one that an imported file lacks: `Limits` refuses requests for it
+        usable = torch.isfinite(vector).all(1) | torch.isnan(vector).all(1)
+        check(bool(usable.all()), f"vector '{name}' holds NaN or infinite values.")
         column = len(self.vectors) if name not in self.vectors else list(self.vectors).index(name)
         self.vectors[name] = vector.float().cpu()
         if column < self.probes.shape[1]:
-            unit = vector[1:].float() / vector[1:].float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+            rows = vector[1:].float().nan_to_num()
+            unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
             self.probes[:, column] = unit.to(self.device)
 
     def fill(self, slot: int, spec: SteeringSpec):

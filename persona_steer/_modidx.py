@@ -2317,5 +2317,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                                 'persona_steer/trait_cosines.py'),
                                              'persona_steer.trait_cosines.projection_vectors': ( 'cosines.html#projection_vectors',
                                                                                                  'persona_steer/trait_cosines.py'),
-                                             'persona_steer.trait_cosines.split_halves': ( 'cosines.html#split_halves',
-                                                                                           'persona_steer/trait_cosines.py')}}}
+                                             'persona_steer.trait_cosines.repetition': ( 'cosines.html#repetition',
+                                                                                         'persona_steer/trait_cosines.py'),
+                                             'persona_steer.trait_cosines.repetitions': ( 'cosines.html#repetitions',
+                                                                                          'persona_steer/trait_cosines.py')}}}

@@ -23,19 +23,27 @@ from .persona.traits import Trait
 from .persona.vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['split_halves', 'pair_table', 'common_share', 'projection_vectors', 'projection_effect', 'effect_table', 'plot_effect']
+__all__ = ['repetition', 'repetitions', 'pair_table', 'common_share', 'projection_vectors', 'projection_effect', 'effect_table',
+           'plot_effect']
 
-# %% ../nbs/05b_cosines.ipynb #dafbdfd4
-def split_halves(extractions: dict[str, Extraction]) -> dict[str, list[float]]:  # trait -> [layers + 1]
-    "The split-half cosine of every trait's `response_avg` vector, per row."
-    return {t: e.diagnostics.split_half.tolist() for t, e in extractions.items()}
+# %% ../nbs/05b_cosines.ipynb #f9fc1c34
+def repetition(split_half) -> np.ndarray:  # of cosines; NaN stays NaN
+    """The cosine between a vector and that of as many new questions, from the cosine s of two halves: 2s / (1 + s), the
+    formula of Spearman (1910) and Brown (1910); 0 where the halves do not agree."""
+    s = np.asarray(split_half, float)
+    return np.where(s > 0, 2 * s / (1 + np.abs(s)), s * 0)
+
+
+def repetitions(extractions: dict[str, Extraction]) -> dict[str, np.ndarray]:  # trait -> [layers + 1]
+    "How far each trait's `response_avg` vector would agree with a repetition, per row."
+    return {t: repetition(e.diagnostics.split_half) for t, e in extractions.items()}
 
 
 def pair_table(
     vectors: dict[str, PersonaVectors],
     layer: int,
     pool: str = "response_avg",
-    halves: dict[str, list[float]] | None = None,  # of `split_halves`
+    repeated: dict[str, np.ndarray] | None = None,  # of `repetitions`
 ) -> pd.DataFrame:  # a, b, cosine, beyond_random, ceiling; the largest absolute cosine first
     """Every two traits at one layer: is the cosine outside the range of 95% of random pairs, and what would two vectors
     of one direction reach?"""
@@ -44,8 +52,8 @@ def pair_table(
     rows = []
     for a, b in combinations(vectors, 2):
         cosine, reach = matrix.loc[a, b], float("nan")
-        if halves:
-            reach = max(0.0, halves[a][layer]) ** 0.5 * max(0.0, halves[b][layer]) ** 0.5
+        if repeated:
+            reach = float(np.sqrt(repeated[a][layer] * repeated[b][layer]))
         rows.append(dict(a=a, b=b, cosine=cosine, beyond_random=abs(cosine) > spread, ceiling=reach))
     table = pd.DataFrame(rows)
     return table.reindex(table.cosine.abs().sort_values(ascending=False, kind="stable").index).reset_index(drop=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from persona_steer.base.core import PersonaError
+from persona_steer.extraction import diagnose
 from persona_steer.lm.activations import POOLS
 from persona_steer.persona.combine import (
     average,
@@ -27,6 +28,7 @@ from persona_steer.trait_cosines import (
     plot_effect,
     projection_effect,
     projection_vectors,
+    repetition,
 )
 
 
@@ -168,14 +170,25 @@ def test_pairs_are_told_by_size_with_their_ceiling():
     a, b, c = (vectors_of(t, i, (4, 200)) for i, t in enumerate(("evil", "rude", "flat")))
     near = dataclasses.replace(a + 0.5 * vectors_of("x", 7, (4, 200)), trait="cruel")
     vectors = {v.trait: v for v in (b, a, c, -1 * near)}
-    halves = {t: [1.0, 0.81, 0.64, 0.25] for t in vectors} | {"evil": [1.0, 0.25, -0.1, 1.0]}
-    table = pair_table(vectors, 1, halves=halves)
+    repeated = {t: [1.0, 0.81, 0.64, 0.25] for t in vectors} | {"evil": [1.0, 0.25, 0.0, 1.0]}
+    table = pair_table(vectors, 1, repeated=repeated)
     assert len(table) == 6 and {table.a[0], table.b[0]} == {"evil", "-1*cruel"} and table.cosine[0] < -0.8
     assert table.beyond_random[0] and table.ceiling[0] == pytest.approx(0.45)
-    assert pair_table(vectors, 2, halves=halves).ceiling[0] == 0
+    assert pair_table(vectors, 2, repeated=repeated).ceiling[0] == 0
     assert pair_table(vectors, 1).ceiling.isna().all()
     assert common_share(pd.DataFrame(np.eye(4))) == pytest.approx(1 / 4)
     assert common_share(pd.DataFrame(np.ones((4, 4)))) == pytest.approx(1)
+
+
+def test_a_repetition_agrees_as_far_as_its_halves_foretell():
+    """Two extractions of one direction, each from 16 noisy questions."""
+    rng = torch.Generator().manual_seed(0)
+    direction = torch.randn(1, 2, 400, generator=rng)
+    one, two = (direction + 4 * torch.randn(16, 2, 400, generator=rng) for _ in range(2))
+    split = diagnose(one, torch.zeros_like(one)).split_half.mean()
+    measured = torch.cosine_similarity(one.mean(0), two.mean(0)).mean().item()
+    assert 0.2 < split < 0.45 and abs(repetition(split) - measured) < 0.08 < measured - split
+    np.testing.assert_allclose(repetition([1.0, 0.5, 0.0, -0.2, np.nan]), [1, 2 / 3, 0, 0, np.nan])
 
 
 def test_the_comparison_takes_away_direction_and_length_apart(three):
@@ -214,15 +227,15 @@ def test_the_figures_show_the_numbers(three):
 
     names = dict(zip(("evil", "rude", "flat"), three))
     vectors = {n: dataclasses.replace(v, trait=n) for n, v in names.items()}
-    halves = {"evil": [0.5, 0.61, 0.62, 0.63]}
-    fig = plot_cosines(vectors, 2, halves)
+    repeated = {"evil": [0.5, 0.61, 0.62, 0.63]}
+    fig = plot_cosines(vectors, 2, repeated)
     written = [t.get_text() for t in fig.axes[0].texts]
     assert written[0] == "0.62" and written[1] == f"{cosine_matrix(vectors, 2).iloc[0, 1]:.2f}" and written[4] == "1.00"
-    fig = plot_cosine_curve(vectors["evil"], vectors["rude"], 2, halves)
+    fig = plot_cosine_curve(vectors["evil"], vectors["rude"], 2, repeated)
     curve = fig.axes[0].lines[0].get_ydata()
     np.testing.assert_allclose(curve, cosine_curve(vectors["evil"], vectors["rude"])[1:])
     labels = [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
-    assert labels == ["95% of random pairs", "evil, rude", "evil, split-half"]
+    assert labels == ["95% of random pairs", "evil, rude", "evil, repeated"]
     scores = pd.DataFrame({"condition": ["unsteered", "evil"], "question": "q", "evil": [1.0, 2.0], "coherence": 90.0})
     fig = plot_effect(effect_table(scores, ["evil", "coherence"]))
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["evil", "unsteered"]

@@ -317,6 +317,9 @@ def test_vectors_that_were_made_elsewhere_have_a_card(tmp_path):
     card = files_to_push(tmp_path, "ada/vectors")["README.md"].decode()
     assert "made elsewhere, not recorded" in card and "What was measured" not in card and "base_model" not in card
     refused("at least one trait", model_card, {}, "ada/vectors")
+    deep = {"evil": dict(model="smollm2", shape=[31, 576])}
+    told = model_card(deep, "ada/vectors")
+    assert "layers=20, coefficients=1.5" in told and "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in told
 
 
 def command(capsys, monkeypatch, *args):

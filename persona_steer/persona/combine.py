@@ -203,20 +203,20 @@ def random_cosine(
     shape = (hidden - 1) / 2
     return float(2 * beta.ppf((1 + level) / 2, shape, shape) - 1)
 
-# %% ../../nbs/persona/06_combine.ipynb #1cf89ca0
+# %% ../../nbs/persona/06_combine.ipynb #0da36b4a
 def plot_cosines(
     vectors: dict[str, PersonaVectors],
     layer: int,
-    ceiling: dict | None = None,  # name -> split-half cosine in every row; it stands on the diagonal
+    repeated: dict | None = None,  # name -> the cosine that a repetition would give, in every row; for the diagonal
     pool: str = "response_avg",
 ):
-    "The cosines at one layer as a heat map whose neutral colour is 0; split-half cosines on the diagonal, if given."
+    "The cosines at one layer as a heat map whose neutral colour is 0; repetitions on the diagonal, if given."
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     matrix = cosine_matrix(vectors, layer, pool)
-    for name in set(ceiling or {}) & set(vectors):
-        matrix.loc[name, name] = ceiling[name][layer]
+    for name in set(repeated or {}) & set(vectors):
+        matrix.loc[name, name] = repeated[name][layer]
     size = 1.6 + 0.66 * len(vectors)
     fig, ax = plt.subplots(figsize=(size, size), layout="constrained")
     style = dict(cmap="vlag", center=0, vmin=-1, vmax=1, square=True, linewidths=0.5, cbar=False)
@@ -231,10 +231,10 @@ def plot_cosine_curve(
     a: PersonaVectors,
     b: PersonaVectors,
     layer: int = 0,  # marked by a line; 0: none
-    ceiling: dict | None = None,  # trait -> split-half cosine in every row
+    repeated: dict | None = None,  # trait -> the cosine that a repetition would give, in every row
     pool: str = "response_avg",
 ):
-    "The cosine of two traits over the layers, with the range of 95% of random pairs and their split-half cosines."
+    "The cosine of two traits over the layers, with the range of 95% of random pairs, and repetitions."
     import matplotlib.pyplot as plt
 
     curve, spread = cosine_curve(a, b, pool), random_cosine(a.response_avg.shape[1])
@@ -243,8 +243,8 @@ def plot_cosine_curve(
     ax.axhspan(-spread, spread, color="#dddddd", label="95% of random pairs")
     ax.plot(layers, curve[1:], "o-", color="#444444", ms=4, label=f"{a.trait}, {b.trait}")
     for trait, color in ((a.trait, "#b2182b"), (b.trait, "#2166ac")):
-        if trait in (ceiling or {}):
-            ax.plot(layers, np.asarray(ceiling[trait], float)[1:], ":", color=color, label=f"{trait}, split-half")
+        if trait in (repeated or {}):
+            ax.plot(layers, np.asarray(repeated[trait], float)[1:], ":", color=color, label=f"{trait}, repeated")
     if layer:
         ax.axvline(layer, color="#cccccc", lw=1, zorder=0)
     ax.set(xlabel="layer", ylabel="cosine", ylim=(-1.03, 1.03))

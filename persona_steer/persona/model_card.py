@@ -151,7 +151,7 @@ float32 `[layers + 1, hidden]`: `TRAIT_response_avg_diff.pt` (activations averag
 
 Row l belongs to layer l, counted from 1: the output of block l. Row 0 is the embedding. Read at: {site}."""
 
-# %% ../../nbs/persona/04a_model_card.ipynb #6a403400
+# %% ../../nbs/persona/04a_model_card.ipynb #0c2785fa
 def _how(records: dict) -> str:
     head = ["trait", "estimator", "pairs kept / made", "judge", "its AUC", "threshold", "coherence", "sampling", "made"]
     table = markdown_table(head, [_how_row(trait, r) for trait, r in records.items()])
@@ -180,7 +180,7 @@ def _how_row(trait: str, r: dict) -> list:
         r.get("estimator", "mean difference"),
         f"{r['pairs_kept']} / {r.get('pairs_made', '-')}",
         r.get("judge", "-"),
-        f"{auc[0]} [{auc[1]}, {auc[2]}] ({r.get('pairs_made', '-')} answers a side)" if auc else "not measured",
+        f"{auc[0]} [{auc[1]}, {auc[2]}] ({r.get('pairs_made', '-')} answers a side)" if auc else "not recorded",
         r.get("threshold", "-"),
         r.get("min_coherence", "-"),
         sampling,
@@ -232,12 +232,13 @@ extraction questions, the table is over evaluation questions: mean [95% bootstra
 
 MEANS = ("trait", "coherence")
 
-# %% ../../nbs/persona/04a_model_card.ipynb #f3ddb03f
+# %% ../../nbs/persona/04a_model_card.ipynb #f571f188
 def _point(r: dict) -> tuple[int, float]:  # layer, coefficient
-    "Where to steer with a vector: chapter 04's choice, else the middle layer."
+    "Where to steer: chapter 04's choice, else the middle layer, or two thirds of the depth in deep models."
     choice = r.get("measured", {}).get("evaluation", {}).get("choice", {})
     rows = r["shape"][0] if "shape" in r else len(r.get("diagnostics", {}).get("layer", []))
-    return choice.get("layer") or max(1, rows // 2), choice.get("coefficient", 1.5)
+    middle = rows // 2 if rows <= 17 else round((rows - 1) * 2 / 3)
+    return choice.get("layer") or max(1, middle), choice.get("coefficient", 1.5)
 
 
 def _usage(records: dict, repo: str) -> str:

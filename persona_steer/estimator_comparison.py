@@ -191,7 +191,7 @@ def steering_rows(
         parts.append(steered.assign(target_kl=p.target_kl))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/02a_estimators.ipynb #a22728cb
+# %% ../nbs/02a_estimators.ipynb #5edf6f3b
 def summarise_steering(frame: pd.DataFrame, trait: str) -> pd.DataFrame:
     # condition, target_kl, and mean, interval and n of trait, coherence, change, against_default
     """Means per condition and divergence, with 95% bootstrap intervals over questions. `change` is the trait score
@@ -215,13 +215,13 @@ def summarise_steering(frame: pd.DataFrame, trait: str) -> pd.DataFrame:
 
 def format_interval(row, name: str, digits: int = 0, sign: str = "") -> str:  # "61 [55, 67]"
     "A value with its interval, from columns {name}, {name}_low, {name}_high; nothing where it is missing."
-    values = [row[f"{name}{end}"] for end in ("", "_low", "_high")]
+    values = [round(row[f"{name}{end}"], digits) + 0.0 for end in ("", "_low", "_high")]  # + 0.0: no minus before 0
     if np.isnan(values[0]):
         return ""
     mean, low, high = (f"{v:{sign}.{digits}f}" for v in values)
     return f"{mean} [{low}, {high}]"
 
-# %% ../nbs/02a_estimators.ipynb #4c8d2067
+# %% ../nbs/02a_estimators.ipynb #d71b2a7e
 def _beside_default(table: pd.DataFrame, name: str, column: str, digits: int) -> str:  # "9.1 [8, 10]; `...` 6.4 [5, 7]"
     "A value with its interval, and the mean difference's."
     text = format_interval(table.loc[name], column, digits)
@@ -242,13 +242,13 @@ def steering_sentence(summary: pd.DataFrame, target: float) -> str:
 
 
 def separation_sentence(table: pd.DataFrame, layer: int) -> str:
-    "Which estimator separates held-out answers best in a layer, and which agrees most with itself."
+    "Which estimator has the largest d' of held-out answers in a layer, and which agrees most with itself."
     at = table[table.layer == layer].set_index("estimator")
     best, stable = at.d_prime.idxmax(), at.split_half.idxmax()
     return (
-        f"In layer {layer} `{best}` separates held-out answers best (d' {_beside_default(at, best, 'd_prime', 1)}), "
-        f"and `{stable}` depends least on the questions (split-half cosine "
-        f"{_beside_default(at, stable, 'split_half', 2)})."
+        f"In layer {layer} `{best}` has the largest d' of held-out answers "
+        f"({_beside_default(at, best, 'd_prime', 1)}), and `{stable}` depends least on the questions (split-half "
+        f"cosine {_beside_default(at, stable, 'split_half', 2)})."
     )
 
 # %% ../nbs/02a_estimators.ipynb #007ffe9f

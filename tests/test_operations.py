@@ -502,3 +502,15 @@ def test_a_guard_that_rotates_needs_an_angle():
         with pytest.raises(ValueError, match="at most pi|must not be above"):
             SteeringConfig(steering_vector_path="a", **bad)
     assert SteeringConfig(steering_vector_path="a", type="rotate", steering_coef=0.3).steering_coef == 0.3
+
+
+def test_texts_are_not_read_under_a_steering_by_rows(llama):
+    """They are read longest first, so the rows of a batch are not those of the caller."""
+    pairs = [encode_pair(llama.tokenizer, llama.prompt(q), " Yes.") for q in ("Why?", "How does it work? Is it good?")]
+    mask, column = torch.ones(2, 60, dtype=torch.bool), torch.tensor([3.0, 0.0])
+    for by_row in (dict(coefficients=column), dict(positions=mask)):
+        with steer(llama, torch.randn(32), 2, **by_row), pytest.raises(PersonaError, match="one coefficient"):
+            answer_logprobs(llama, pairs)
+    s = steer(llama, torch.randn(32), 2, column)
+    with s.rows([1]):  # one text has no order
+        torch.testing.assert_close(answer_logprobs(llama, pairs[1:])[0], answer_logprobs(llama, pairs[1:])[0])

@@ -19,7 +19,7 @@ from .positions import PositionTracker, check_positions, span_table
 
 # %% auto #0
 __all__ = ['POOLS', 'hidden', 'ActivationPooler', 'Steering', 'validate_vector', 'check_steering', 'steer', 'is_steered',
-           'steers_prompts', 'prompts_differ']
+           'steers_prompts', 'differs_by_row', 'prompts_differ']
 
 # %% ../../nbs/lm/03_activations.ipynb #828ef9ac
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
@@ -355,6 +355,14 @@ def is_steered(base_model) -> bool:
 def steers_prompts(base_model) -> bool:
     "Does an open steering touch more of a prompt than its last token, or each row in its own way?"
     return any(s.reads_prompts or any(t.coefficient.dim() for t in s.terms) for s in _OPEN.get(base_model, []))
+
+
+def differs_by_row(base_model) -> bool:
+    "Has an open steering a coefficient or a mask for each row?"
+    return any(
+        isinstance(s.positions, torch.Tensor) or any(t.coefficient.dim() for t in s.terms)
+        for s in _OPEN.get(base_model, [])
+    )
 
 
 def prompts_differ(base_model, n: int) -> list:

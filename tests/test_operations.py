@@ -514,3 +514,19 @@ def test_texts_are_not_read_under_a_steering_by_rows(llama):
     s = steer(llama, torch.randn(32), 2, column)
     with s.rows([1]):  # one text has no order
         torch.testing.assert_close(answer_logprobs(llama, pairs[1:])[0], answer_logprobs(llama, pairs[1:])[0])
+
+
+def test_prompts_are_not_answered_under_an_open_steering_by_rows(llama):
+    prompts = [llama.prompt(q) for q in ("Why?", "How does it work? Is it good?")]
+    s = steer(llama, torch.randn(32), 2, torch.tensor([3.0, 0.0]))
+    with s, pytest.raises(PersonaError, match="steering="):
+        generate(llama, prompts, SamplingParams(3), progress=False)
+    assert len(generate(llama, prompts, SamplingParams(3), s, progress=False).texts) == 2
+
+
+def test_tasks_of_lm_eval_are_not_steered_behind_a_gate(llama):
+    from persona_steer.training.model_evaluation import evaluate_model
+
+    for how in (dict(when=Gate(torch.ones(32), 1, 0.0)), dict(outside="json")):
+        with pytest.raises(PersonaError, match="without a gate"):
+            evaluate_model(llama, [], None, steering=steer(llama, torch.ones(32), 2, **how), tasks=["mmlu"])

@@ -304,6 +304,10 @@ def generate(
     batches = [list(range(len(ids)))]
     if not callback:
         batches = length_batches([len(i) for i in ids], sampling.max_new_tokens, ties=ties)
+    check(
+        batches == [list(range(len(ids)))] or not differs_by_row(lm.base_model),
+        "these prompts are answered in another order: give a steering by rows as generate(..., steering=...).",
+    )
     how = [asdict(sampling), return_activations, settings().batch_tokens, "equal prompts together"]
     key = digest(prompts, seeds, *how, *run_fingerprint(lm, steering))
     cache = Cache.of_parts(folder, label, key, overwrite) if folder else None

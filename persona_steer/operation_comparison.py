@@ -98,7 +98,7 @@ def compare(
     guess: float = 1.0,
     sampling: SamplingParams = SamplingParams(),
     folder=None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # scored answers; variant, coefficient, kl, quiz with its interval
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # scored answers; condition, coefficient, kl, at_target, quiz with its interval
     "Calibrate, answer, judge and take the quiz with each variant; one that cannot reach the target is left out."
     frames, facts = [], []
     for v in variants:
@@ -112,7 +112,8 @@ def compare(
         )
         frames.append(add_scores(table, lm, judge, trait, f"judge {v.name}").assign(coefficient=c))
         right = capability(take_quiz(lm, quiz, steering(), progress=False))
-        facts.append(dict(condition=v.name, coefficient=c, kl=kl) | as_columns(right, "quiz"))
+        at_target = v.strength is None
+        facts.append(dict(condition=v.name, coefficient=c, kl=kl, at_target=at_target) | as_columns(right, "quiz"))
     return pd.concat(frames, ignore_index=True), pd.DataFrame(facts)
 
 # %% ../nbs/04b_operations.ipynb #5ac543bd
@@ -126,7 +127,9 @@ def baselines(
         frames.append(add_scores(table, lm, judge, trait, f"judge {name}").assign(coefficient=0.0))
         systems = part.system.unique()
         right = capability(take_quiz(lm, quiz, system=systems[0] if len(systems) == 1 else "", progress=False))
-        facts.append(dict(condition=name, coefficient=0.0, kl=float("nan")) | as_columns(right, "quiz"))
+        facts.append(
+            dict(condition=name, coefficient=0.0, kl=float("nan"), at_target=False) | as_columns(right, "quiz")
+        )
     return pd.concat(frames, ignore_index=True), pd.DataFrame(facts)
 
 
@@ -215,9 +218,11 @@ def comparison_lines(table: pd.DataFrame, trait: str) -> list[str]:  # Markdown
     return lines
 
 # %% ../nbs/04b_operations.ipynb #5cbc6dd6
-def best_line(table: pd.DataFrame, trait: str, up: bool) -> str:  # the first steered row: plain addition
-    "Which variant comes first, and whether its interval lies apart from that of plain addition, in words."
-    steered = table[table.kl.notna() & (table.condition != "random vector")]
+def best_line(table: pd.DataFrame, trait: str, up: bool) -> str:
+    "Which variants at equal divergence come first, and whether the interval of addition tells them apart, in words."
+    steered = table[table.at_target & (table.condition != "random vector")]
+    if steered.empty:
+        return "No operation reaches this divergence."
     best = steered.loc[steered.trait.idxmax() if up else steered.trait.idxmin()]
     simple = steered.iloc[0]
     apart = best.trait_low > simple.trait_high if up else best.trait_high < simple.trait_low

@@ -1,13 +1,16 @@
 """Operations, modifiers, gates and positions, each against plain arithmetic."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from persona_steer.base.core import PersonaError
 from persona_steer.lm.activations import hidden, steer
 from persona_steer.lm.gates import Gate
-from persona_steer.lm.generation import SamplingParams, answer_logprobs, encode_pair, generate
+from persona_steer.lm.generation import SamplingParams, answer_logprobs, collect_activations, encode_pair, generate
 from persona_steer.lm.operations import MODES, SteeringTerm, scale_back
+from persona_steer.lm.positions import PositionTracker
 
 LIMITS = (-0.3, 0.4)
 STRENGTHS = {"add": 1.5, "ablate": 1.0, "cap": 1.0, "rotate": 0.4}
@@ -272,6 +275,9 @@ def test_nothing_is_steered_inside_json(llama):
         (dict(mode="cap"), "needs limits"),
         (dict(limits=(0.0, 1.0)), "limits are for mode 'cap'"),
         (dict(mode="cap", limits=(2.0, 1.0)), "must not be above"),
+        (dict(mode="cap", limits=(torch.inf, torch.inf)), "hold no projection"),
+        (dict(mode="cap", limits=(1.0,)), "not two numbers"),
+        (dict(mode="cap", limits=(None, 1.0)), "not two numbers"),
         (dict(mode="rotate", vectors=torch.zeros(32)), "no direction, which mode 'rotate' needs"),
         (dict(when=Gate(torch.ones(32), 1)), "a gate needs a threshold"),
         (dict(when=Gate(torch.ones(32), 2, 0.0)), "above layer 1"),
@@ -358,5 +364,169 @@ def test_a_threshold_parts_two_kinds_of_prompts(llama):
     with pytest.raises(PersonaError, match="prompts of both kinds"):
         choose_threshold([1.0, 2.0], [1, 1])
     wanted, others = [llama.prompt(q) for q in ("Why?", "How?")], [llama.prompt(q) for q in ("Is it?", "Was it?")]
-    gate, _ = fit_gate(llama, torch.randn(4, 32), 2, wanted, others)
+    last = collect_activations(llama, wanted + others, [""] * 4)["prompt_last"]
+    gate, _ = fit_gate(llama, last[:2].mean(0) - last[2:].mean(0), 2, wanted, others)
     assert gate.layer == 2 and gate.vector.shape == (32,) and gate.above
+
+
+def test_spans_of_each_kind_are_counted_apart(llama):
+    opens, closes, left, right, word = 5, 6, 7, 8, 9
+    table = torch.zeros(2, 2, 4096, dtype=torch.long)
+    table[0, 0, [opens, closes]] = table[1, 1, [left, right]] = torch.tensor([1, -1])
+
+    def outside(ids):
+        tracker = PositionTracker(1, spans=table)
+        handle = tracker.attach(llama.base_model)
+        outputs(llama, torch.tensor([ids]), 1)
+        handle.remove()
+        return tracker.outside[0].int().tolist()
+
+    assert outside([word, opens, word, right, word, closes, word]) == [1, 0, 0, 0, 0, 1, 1]
+    assert outside([word, left, opens, right, word, closes, word]) == [1, 0, 0, 0, 0, 1, 1]
+    assert outside([word, right, left, word, right, right, word]) == [1, 1, 0, 0, 1, 1, 1]
+
+
+def test_a_gate_serves_reading_and_then_training_in_one_context(llama):
+    prompts, v = [llama.prompt(q) for q in ("Why?", "How does it work?")], torch.randn(32)
+    ids = torch.randint(3, 2000, (2, 6))
+    u = torch.randn(32)
+    with steer(llama, v, 2, 5.0, when=Gate(u, 1, -1e6)):
+        always = outputs(llama, ids, 2)
+    with steer(llama, v, 2, 5.0, when=Gate(u, 1, -1e6)):
+        answer_logprobs(llama, [encode_pair(llama.tokenizer, p, " Yes.") for p in prompts])
+        assert torch.equal(outputs(llama, ids, 2), always)
+        llama.model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_a_model_in_bf16_is_steered_with_the_coefficient_that_was_given(llama):
+    llama.model.to(torch.bfloat16)
+    ids, v = torch.randint(3, 2000, (1, 6)), torch.randn(32)
+    plain, everywhere = outputs(llama, ids, 2), torch.ones(1, 6, 1, dtype=torch.bool)
+    for mode, c in STRENGTHS.items():
+        with steer(llama, v, 2, c, "all", mode, limits=limits_for(mode)):
+            steered = outputs(llama, ids, 2)
+        want = MODES[mode](plain, [SteeringTerm(2, v, torch.tensor(c), limits_for(mode))], everywhere)
+        assert torch.equal(steered, want), mode
+
+
+def test_numbers_of_other_libraries_are_taken_as_numbers(llama):
+    from persona_steer.lm.vllm_engine import steering_texts
+
+    v = torch.ones(32)
+    ours = steer(llama, v, 1, mode="cap", limits=(0.0, 1.5))
+    for low, high in ((np.float64(0), np.float32(1.5)), (torch.tensor(0), torch.tensor(1.5)), [0, 1.5]):
+        theirs = steer(llama, v, 1, mode="cap", limits=(low, high))
+        assert str(theirs.facts()) == str(ours.facts()) and steering_texts(theirs, 1)[0] == steering_texts(ours, 1)[0]
+    gates = [steer(llama, v, 1, when=Gate(v, 1, x)) for x in (0.5, np.float32(0.5), torch.tensor(0.5))]
+    assert len({str(s.facts()) for s in gates}) == 1
+
+
+def test_the_innermost_context_acts_first(llama):
+    ids, v = torch.randint(3, 2000, (1, 6)), torch.randn(32)
+    u = v / v.norm()
+    with steer(llama, v, 2, 1.0, "all", "cap", limits=LIMITS), steer(llama, v, 2, 5.0, "all"):
+        assert (outputs(llama, ids, 2) @ u).max() < LIMITS[1] + 1e-3
+    with steer(llama, v, 2, 5.0, "all"), steer(llama, v, 2, 1.0, "all", "cap", limits=LIMITS):
+        assert (outputs(llama, ids, 2) @ u).min() > 5 * v.norm() + LIMITS[0] - 1e-3
+
+
+def test_slices_in_requests_that_mean_the_same_are_the_same_text():
+    from persona_steer.serving.specification import parse_steering
+
+    def read(positions):
+        return str(parse_steering(f"evil:1@2;positions={positions}"))
+
+    assert {read(p) for p in ("response[0:]", "response[:]", "response[00:]")} == {read("response")}
+    assert {read(p) for p in ("response[0:8]", "response[:08]")} == {read("response[:8]")}
+    assert read("response[3:]") != read("response[:3]") != read("response[3:4]")
+    for bad in (f"response[:{'9' * 5000}]", "response[:0]"):
+        with pytest.raises(PersonaError, match="is unknown"):
+            read(bad)
+
+
+def test_limits_that_hold_nothing_are_refused_and_leave_nothing_in_a_slot():
+    from persona_steer.serving.specification import SteeringSpec, Term, parse_steering
+    from persona_steer.serving.tables import SteeringTables
+
+    for bad in ("inf,inf", "-inf,-inf"):
+        with pytest.raises(PersonaError, match="hold no projection"):
+            parse_steering(f"evil:1@2;mode=cap;limits={bad}")
+    tables = SteeringTables(2, 4, torch.float32, "cpu", 4, slots=1)
+    tables.add_vector("evil", torch.ones(3, 4))
+    tables.fill(1, SteeringSpec((Term(2, "evil", 1.0),), mode="cap", limits=(torch.inf, torch.inf)))
+    tables.fill(1, parse_steering("evil:1@1"))
+    tables.always = True
+    tables.slot.fill_(1)
+    h = torch.randn(2, 4)
+    assert torch.equal(tables.step(h, None, 2), h)
+
+
+def test_calibration_refuses_what_does_not_fit_before_anything_is_written(llama, monkeypatch):
+    from persona_steer.persona import calibration
+
+    monkeypatch.setattr(calibration, "generate", lambda *a, **k: pytest.fail("answers were written"))
+    for vector, layer, words in (
+        (torch.ones(4, 32), 99, "layer 99"),
+        (torch.ones(4, 16), 1, "width 16"),
+        (torch.zeros(4, 32), 1, "is 0 at layer 1"),
+    ):
+        with pytest.raises(PersonaError, match=words):
+            calibration.projection_limits(llama, vector, layer, ["Why?"])
+        with pytest.raises(PersonaError, match=words):
+            calibration.fit_gate(llama, vector, layer, ["Why?"], ["How?"])
+    with pytest.raises(PersonaError, match="no threshold"):  # such a gate would never open
+        calibration.choose_threshold([0.0, 1.0], [1, 0])
+
+
+def test_the_best_variant_is_one_of_those_at_equal_divergence():
+    from persona_steer.operation_comparison import best_line
+
+    rows = [("unsteered", 50, False), ("subtract", 30, True), ("ablate, c = 1", 5, False), ("rotate away", 20, True)]
+    table = pd.DataFrame(
+        [
+            dict(condition=c, kl=float("nan") if c == "unsteered" else 0.5, at_target=at)
+            | dict(trait=x, trait_low=x - 2, trait_high=x + 2)
+            for c, x, at in rows
+        ]
+    )
+    assert best_line(table, "evil", False) == (
+        "The lowest evil score comes from 'rotate away' (20 against 30 with 'subtract', intervals apart)."
+    )
+    assert best_line(table[~table.at_target], "evil", False) == "No operation reaches this divergence."
+
+
+def test_a_guard_that_rotates_needs_an_angle():
+    from persona_steer.training.config import SteeringConfig
+
+    for bad in (dict(type="rotate"), dict(type="cap", limits=[1.0, 0.0])):
+        with pytest.raises(ValueError, match="at most pi|must not be above"):
+            SteeringConfig(steering_vector_path="a", **bad)
+    assert SteeringConfig(steering_vector_path="a", type="rotate", steering_coef=0.3).steering_coef == 0.3
+
+
+def test_texts_are_not_read_under_a_steering_by_rows(llama):
+    """They are read longest first, so the rows of a batch are not those of the caller."""
+    pairs = [encode_pair(llama.tokenizer, llama.prompt(q), " Yes.") for q in ("Why?", "How does it work? Is it good?")]
+    mask, column = torch.ones(2, 60, dtype=torch.bool), torch.tensor([3.0, 0.0])
+    for by_row in (dict(coefficients=column), dict(positions=mask)):
+        with steer(llama, torch.randn(32), 2, **by_row), pytest.raises(PersonaError, match="one coefficient"):
+            answer_logprobs(llama, pairs)
+    s = steer(llama, torch.randn(32), 2, column)
+    with s.rows([1]):  # one text has no order
+        torch.testing.assert_close(answer_logprobs(llama, pairs[1:])[0], answer_logprobs(llama, pairs[1:])[0])
+
+
+def test_prompts_are_not_answered_under_an_open_steering_by_rows(llama):
+    prompts = [llama.prompt(q) for q in ("Why?", "How does it work? Is it good?")]
+    s = steer(llama, torch.randn(32), 2, torch.tensor([3.0, 0.0]))
+    with s, pytest.raises(PersonaError, match="steering="):
+        generate(llama, prompts, SamplingParams(3), progress=False)
+    assert len(generate(llama, prompts, SamplingParams(3), s, progress=False).texts) == 2
+
+
+def test_tasks_of_lm_eval_are_not_steered_behind_a_gate(llama):
+    from persona_steer.training.model_evaluation import evaluate_model
+
+    for how in (dict(when=Gate(torch.ones(32), 1, 0.0)), dict(outside="json")):
+        with pytest.raises(PersonaError, match="without a gate"):
+            evaluate_model(llama, [], None, steering=steer(llama, torch.ones(32), 2, **how), tasks=["mmlu"])

@@ -19,7 +19,7 @@ from .positions import PositionTracker, check_positions, span_table
 
 # %% auto #0
 __all__ = ['POOLS', 'hidden', 'ActivationPooler', 'Steering', 'validate_vector', 'check_steering', 'steer', 'is_steered',
-           'steers_prompts', 'prompts_differ']
+           'steers_prompts', 'differs_by_row', 'prompts_differ']
 
 # %% ../../nbs/lm/03_activations.ipynb #828ef9ac
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
@@ -127,7 +127,8 @@ _OPEN: WeakKeyDictionary = WeakKeyDictionary()  # base model -> the steerings th
 # %% ../../nbs/lm/03_activations.ipynb #1ce5e459
 @dataclass(eq=False)
 class Steering:
-    "What is done to the residual stream, as a context manager. Contexts nest; afterwards the model is unchanged."
+    """What is done to the residual stream, as a context manager. Contexts nest: at a layer that several steer, the
+    innermost acts first. Afterwards the model is unchanged."""
 
     lm: LoadedModel = field(repr=False)
     terms: list[SteeringTerm]
@@ -232,7 +233,10 @@ class Steering:
             fired.add(layer)
             place = h.device, h.dtype, torch.is_inference_mode_enabled()  # an inference tensor cannot serve in training
             if place not in ready:
-                ready[place] = [replace(t, vector=t.vector.to(h), coefficient=t.coefficient.to(h)) for t in terms]
+                # not in h's dtype: some operations compute in float32
+                ready[place] = [
+                    replace(t, vector=t.vector.to(h.device), coefficient=t.coefficient.to(h.device)) for t in terms
+                ]
             self.check_rows(len(tracker.over))
             rows = [t.select(route.representative_row.to(h.device)) if route else t for t in ready[place]]
             new = operate(h, rows, self._where(tracker, gate))
@@ -272,6 +276,17 @@ def _row(vector, layer: int, lm: LoadedModel) -> torch.Tensor:  # [hidden]
         f"the vector holds NaN or infinite values at layer {layer}: choose another one, or extract it.",
     )
     return v
+
+
+def _two_numbers(limits) -> tuple[float, float] | None:
+    "Limits, which may be numbers of another library, as Python's."
+    if limits is None:
+        return None
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError):
+        raise PersonaError(f"limits={limits!r} are not two numbers: give limits=(low, high).") from None
+    return low, high
 
 
 def _coefficient(c) -> torch.Tensor:  # [] or [rows]
@@ -316,6 +331,7 @@ def steer(
     )
     for l in layers:
         lm.check_layer(l)
+    limits = _two_numbers(limits)
     terms = [SteeringTerm(l, _row(v, l, lm), _coefficient(c), limits) for v, l, c in zip(vectors, layers, coefficients)]
     for t in terms:
         check_term(t, mode)
@@ -327,7 +343,8 @@ def _modified(steering: Steering, keep_norm: bool, when: Gate | None, outside) -
     lm, spans = steering.lm, (outside,) if isinstance(outside, str) else tuple(outside)
     if when:
         lm.check_layer(when.layer)
-        when = replace(when, vector=_row(when.vector, when.layer, lm))
+        threshold = when.threshold if when.threshold is None else float(when.threshold)
+        when = replace(when, vector=_row(when.vector, when.layer, lm), threshold=threshold)
         when.check([t.layer for t in steering.terms], steering.positions)
     table = span_table(lm.tokenizer, text_config(lm.model).vocab_size, spans) if spans else None
     return replace(steering, keep_norm=keep_norm, when=when, outside=spans, span_changes=table)
@@ -341,6 +358,14 @@ def is_steered(base_model) -> bool:
 def steers_prompts(base_model) -> bool:
     "Does an open steering touch more of a prompt than its last token, or each row in its own way?"
     return any(s.reads_prompts or any(t.coefficient.dim() for t in s.terms) for s in _OPEN.get(base_model, []))
+
+
+def differs_by_row(base_model) -> bool:
+    "Has an open steering a coefficient or a mask for each row?"
+    return any(
+        isinstance(s.positions, torch.Tensor) or any(t.coefficient.dim() for t in s.terms)
+        for s in _OPEN.get(base_model, [])
+    )
 
 
 def prompts_differ(base_model, n: int) -> list:

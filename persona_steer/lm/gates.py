@@ -42,12 +42,13 @@ class GateReader:
     "Which rows are open, from the calls of one steering context."
 
     def __init__(self, gate: Gate, tracker: PositionTracker):
-        self.gate, self.tracker, self.open = gate, tracker, None
+        self.gate, self.tracker, self.open, self.over = gate, tracker, None, None
 
     def read(self, h: torch.Tensor):  # [passing, tokens, hidden]: the output of the gate's layer, not yet steered
         "Decide for the rows whose prompt ends in this call."
         t, gate = self.tracker, self.gate
-        if self.open is None or len(self.open) != len(t.over):
+        if self.over is not t.over:  # a new sequence
+            self.over = t.over
             self.open = torch.zeros(len(t.over), dtype=torch.bool, device=h.device)
         at, there = (x.to(h.device) for x in t.last_prompt_token())
         token = h[torch.arange(len(h), device=h.device), at].float()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..base.cache import Cache
 from ..base.core import atomic_path, check, digest, settings
-from .activations import POOLS, ActivationPooler, Steering, steers_prompts
+from .activations import POOLS, ActivationPooler, Steering, differs_by_row, steers_prompts
 from persona_steer.lm.decoding import (
     causal_lm,
     decode,
@@ -304,6 +304,10 @@ def generate(
     batches = [list(range(len(ids)))]
     if not callback:
         batches = length_batches([len(i) for i in ids], sampling.max_new_tokens, ties=ties)
+    check(
+        batches == [list(range(len(ids)))] or not differs_by_row(lm.base_model),
+        "these prompts are answered in another order: give a steering by rows as generate(..., steering=...).",
+    )
     how = [asdict(sampling), return_activations, settings().batch_tokens, "equal prompts together"]
     key = digest(prompts, seeds, *how, *run_fingerprint(lm, steering))
     cache = Cache.of_parts(folder, label, key, overwrite) if folder else None
@@ -383,7 +387,11 @@ def iter_activations(
 
 def _shared_beginnings(lm: LoadedModel, pairs: list, may: bool = True) -> tuple[list, list]:
     # (token ids, rows whose prompts begin with them); rows that share nothing
-    "Which beginnings of prompts to read once for several rows."
+    "Which beginnings of prompts to read once for several rows. Raises `PersonaError` under steering by rows."
+    check(
+        len(pairs) == 1 or not differs_by_row(lm.base_model),
+        "texts are read in an order of their own: steer them with one coefficient and no mask, or read one at a time.",
+    )
     able = may and not steers_prompts(lm.base_model) and rows_are_independent(plain_cache(lm))
     prompts, lengths = [ids[:n] for ids, n in pairs], [len(ids) for ids, _ in pairs]
     groups = _best_groups(prompts, lengths, sorted(range(len(pairs)), key=prompts.__getitem__))[1] if able else []

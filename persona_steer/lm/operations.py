@@ -5,6 +5,7 @@
 # %% ../../nbs/lm/02b_operations.ipynb #240e2936
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,6 +101,8 @@ def check_term(t: SteeringTerm, mode: str):
     if needs:
         low, high = t.limits
         check(low <= high, f"limits=({low:g}, {high:g}): the first must not be above the second, nor NaN.")
+        bounded = low < math.inf and high > -math.inf
+        check(bounded, f"limits=({low:g}, {high:g}) hold no projection.")
 
 # %% ../../nbs/lm/02b_operations.ipynb #51916615
 def scale_back(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:  # [rows, tokens, hidden] each

@@ -36,7 +36,7 @@ class PositionTracker:
         self,
         start: torch.Tensor | int | None = None,  # first response column, per row
         stop_ids=(),  # a row is over when it reads one of these in its response
-        spans: torch.Tensor | None = None,  # int [2, vocabulary]: what each token adds to the depth, see `span_table`
+        spans: torch.Tensor | None = None,  # int [spans, 2, vocabulary], see `span_table`
     ):
         self.spans = spans
         self.given, self.stop = start, torch.tensor(sorted(stop_ids), dtype=torch.long)
@@ -89,7 +89,8 @@ class PositionTracker:
         self.first, self.until = (int(x) for x in torch.as_tensor(start).aminmax())
         self.start = torch.as_tensor(start, device=device).expand(n)
         self.total, self.over = 0, torch.zeros(n, dtype=torch.bool, device=device)
-        self.depth = torch.zeros(n, dtype=torch.long, device=device)  # spans that are open
+        kinds = 0 if self.spans is None else len(self.spans)
+        self.depth = torch.zeros(n, kinds, dtype=torch.long, device=device)  # spans that are open, of each kind
 
     def _finish(self, ids, end: int):
         "Mark the rows that have read a stop token; this token and what follows is not part of the response."
@@ -103,12 +104,13 @@ class PositionTracker:
     def _follow_spans(self, ids, first: int):
         "How many spans are open after each token of this call: `outside` is true where there are none."
         check(ids is not None, "steering outside of spans needs token ids, and this model was given embeddings.")
-        in_all, in_response = self.spans.to(ids.device)[:, ids]
-        steps = in_all * self.real + in_response * (self.real & self.after(0))
+        in_all, in_response = self.spans.to(ids.device)[:, :, ids].permute(1, 2, 3, 0)  # [rows, columns, kinds] each
+        real = self.real[..., None]
+        steps = in_all * real + in_response * (real & self.after(0)[..., None])
         before = self.depth[self.representative_row] if first else torch.zeros_like(steps[:, 0])
         depth = before[:, None] + steps.cumsum(1)
         depth = depth - depth.cummin(1).values.clamp(max=0)  # an end without a beginning opens nothing
-        self.outside = depth == 0  # bool [passing, columns of this call]
+        self.outside = (depth == 0).all(-1)  # bool [passing, columns of this call]
         last = depth[:, -1]
         self.depth[self.rows] = self.route.gather(last) if self.route else last
 
@@ -144,11 +146,12 @@ TAGS = {"think": ("<think>", "</think>"), "tool_call": ("<tool_call>", "</tool_c
 SPANS = ("json", *TAGS)
 
 
-def span_table(tokenizer, vocabulary: int, spans: tuple[str, ...]) -> torch.Tensor:  # int [2, vocabulary]
-    """What each token adds to the number of open spans: anywhere, and in the response. Raises `PersonaError` for an
-    unknown span, or one whose tags are not single tokens of this tokenizer."""
-    table = torch.zeros(2, vocabulary, dtype=torch.long)
-    for name in spans:
+def span_table(tokenizer, vocabulary: int, spans: tuple[str, ...]) -> torch.Tensor:
+    # int [spans, 2, vocabulary]
+    """What each token adds to the number of open spans of each kind: anywhere, and in the response. Raises
+    `PersonaError` for an unknown span, or one whose tags are not single tokens of this tokenizer."""
+    tables = torch.zeros(len(spans), 2, vocabulary, dtype=torch.long)
+    for name, table in zip(spans, tables):
         check(name in SPANS, f"outside '{name}' is unknown: use {', '.join(SPANS)}.")
         if name == "json":
             texts = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
@@ -159,4 +162,4 @@ def span_table(tokenizer, vocabulary: int, spans: tuple[str, ...]) -> torch.Tens
         check(single, f"outside '{name}': {' and '.join(TAGS[name])} are not single tokens of this tokenizer.")
         table[0, ids[0]] += 1
         table[0, ids[1]] -= 1
-    return table
+    return tables

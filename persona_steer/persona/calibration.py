@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from ..base.core import check
-from ..lm.activations import hidden
+from ..lm.activations import hidden, validate_vector
 from ..lm.gates import Gate
 from ..lm.generation import SamplingParams, collect_activations, generate, iter_activations
 from ..lm.models import LoadedModel
@@ -61,6 +61,15 @@ def token_projections(
     return projections.values
 
 # %% ../../nbs/persona/07_calibration.ipynb #9c3ed76a
+def _row_of(lm: LoadedModel, vector, layer: int) -> torch.Tensor:  # float32 [hidden]
+    "The vector of a layer; raises `PersonaError` if the model has no such layer or width, or the vector is 0 there."
+    lm.check_layer(layer)
+    v = validate_vector(vector, lm)
+    row = v if v.dim() == 1 else v[layer]
+    check(bool(row.any()), f"the vector is 0 at layer {layer}: nothing projects on it.")
+    return row
+
+
 def projection_limits(
     lm: LoadedModel,
     vector: torch.Tensor,  # [hidden] or [layers + 1, hidden]
@@ -71,11 +80,11 @@ def projection_limits(
     folder=None,  # where the answers are kept
 ) -> tuple[float, float]:  # low, high: for steer(..., mode="cap", limits=...)
     "Quantiles of the projections of the tokens of neutral answers."
+    row = _row_of(lm, vector, layer)
     low, high = quantiles
     check(0 <= low < high <= 1, f"quantiles ({low:g}, {high:g}) must rise, from 0 to 1.")
     prompts = [lm.prompt(q) for q in questions]
     answers = generate(lm, prompts, sampling, seeds=list(questions), folder=folder, label="neutral answers").texts
-    row = vector if vector.dim() == 1 else vector[layer]
     values = token_projections(lm, row, layer, prompts, answers).numpy()
     check(len(values), f"{lm.name} answers nothing to these questions: there is no projection to take limits from.")
     bounds = (-np.inf if low == 0 else np.quantile(values, low), np.inf if high == 1 else np.quantile(values, high))
@@ -85,9 +94,7 @@ def projection_limits(
 def prompt_projections(lm: LoadedModel, vector: torch.Tensor, layer: int, prompts: list[str]) -> torch.Tensor:
     # vector: [hidden] or [layers + 1, hidden] -> float32 [prompts]
     "Projection of the last token of rendered prompts on the unit vector of a layer."
-    lm.check_layer(layer)
-    row = (vector if vector.dim() == 1 else vector[layer]).float()
-    check(bool(row.any()), f"the vector is 0 at layer {layer}: nothing projects on it.")
+    row = _row_of(lm, vector, layer)
     last = collect_activations(lm, prompts, [""] * len(prompts))["prompt_last"][:, layer]
     return last @ (row / row.norm())
 
@@ -106,9 +113,15 @@ def roc(values, labels) -> pd.DataFrame:  # threshold, tpr, fpr; one row per pos
 
 
 def choose_threshold(values, labels) -> float:
-    "The threshold with the largest tpr - fpr."
+    "The threshold with the largest tpr - fpr; raises `PersonaError` if the wanted prompts project no higher."
     table = roc(values, labels)
-    return float(table.threshold[(table.tpr - table.fpr).idxmax()])
+    gain = table.tpr - table.fpr
+    check(
+        gain.max() > 0,
+        "no threshold has more of the wanted prompts above it than of the others: take another layer or vector, or "
+        "its negative.",
+    )
+    return float(table.threshold[gain.idxmax()])
 
 
 def fit_gate(
@@ -121,8 +134,7 @@ def fit_gate(
     "A gate for prompts like the wanted ones; test it on prompts that did not choose it."
     values = prompt_projections(lm, vector, layer, [*wanted, *others])
     labels = [True] * len(wanted) + [False] * len(others)
-    row = vector if vector.dim() == 1 else vector[layer]
-    return Gate(row, layer, choose_threshold(values, labels)), roc(values, labels)
+    return Gate(_row_of(lm, vector, layer), layer, choose_threshold(values, labels)), roc(values, labels)
 
 
 def plot_roc(table: pd.DataFrame, threshold: float):

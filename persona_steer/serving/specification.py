@@ -29,7 +29,7 @@ def response_slice(
     "Read `response` or `response[a:b]`."
     if positions == "response":
         return 0, None
-    m = re.fullmatch(r"response\[(\d*):(\d*)\]", positions)
+    m = re.fullmatch(r"response\[(\d{0,9}):(\d{0,9})\]", positions)
     return (int(m[1] or 0), int(m[2]) if m[2] else None) if m else None
 
 
@@ -101,6 +101,9 @@ def _options(parts: list[str]) -> dict:  # positions, mode, limits
     known = positions in POSITIONS or response_slice(positions) and (end is None or first < end)
     slices = "or a slice such as response[:8]"
     check(known, f"steering: positions '{positions}' is unknown: use {', '.join(POSITIONS)} {slices}.")
+    if response_slice(positions):  # slices that mean the same are written the same
+        whole = (first, end) == (0, None)
+        chosen["positions"] = "response" if whole else f"response[{first or ''}:{'' if end is None else end}]"
     capped = (mode == "cap") == (chosen["limits"] is not None)
     check(capped, "steering: mode 'cap' and limits=LOW,HIGH belong together.")
     return chosen
@@ -115,6 +118,7 @@ def _limits(text: str) -> tuple[float, float]:
             f"steering: limits '{text}' cannot be read: write limits=LOW,HIGH, as in -inf,3.5."
         ) from None
     check(low <= high, f"steering: limits '{text}': the first must not be above the second.")
+    check(low < math.inf and high > -math.inf, f"steering: limits '{text}' hold no projection.")
     return low, high
 
 # %% ../../nbs/serving/00_specification.ipynb #c6f5fea4

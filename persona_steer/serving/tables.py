@@ -100,7 +100,8 @@ class SteeringTables:
         "Write a specification into a slot of all tables."
         for layer in self.filled.pop(slot, ()):
             self.table[layer - 1][slot] = 0
-            self.strength[layer - 1][:, slot] = 0
+            for values in (self.strength, self.low, self.high):
+                values[layer - 1][:, slot] = 0
         self.filled[slot] = {t.layer for t in spec.terms}
         for layer in self.filled[slot]:
             terms = [t for t in spec.terms if t.layer == layer]

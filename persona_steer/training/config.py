@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,17 @@ class SteeringConfig(BaseModel):
     def _limited(self):
         if (self.type == "cap") != (self.limits is not None):
             raise ValueError("type 'cap' and limits (two projections, low and high) belong together")
+        if self.limits and not self.limits[0] <= self.limits[1]:
+            raise ValueError(f"limits {list(self.limits)}: the first must not be above the second")
+        return self
+
+    @model_validator(mode="after")
+    def _angle(self):
+        # the published default, 5, would turn every token onto the vector
+        if self.type == "rotate" and abs(self.steering_coef) > math.pi:
+            raise ValueError(
+                f"steering_coef is an angle in radians for type 'rotate', at most pi, not {self.steering_coef:g}"
+            )
         return self
 
     @field_serializer("type")

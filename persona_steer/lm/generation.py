@@ -280,6 +280,14 @@ def _check_rows(lm: LoadedModel, ids: list, sampling: SamplingParams, steering: 
     if steering:
         steering.check_rows(len(ids))
 
+
+def _check_order(lm: LoadedModel, batches: list, n: int):
+    "Raise `PersonaError` if a steering by rows is open, and rows go in another order than the caller's."
+    check(
+        batches == [list(range(n))] or not differs_by_row(lm.base_model),
+        "these prompts are answered in another order: give a steering by rows as generate(..., steering=...).",
+    )
+
 # %% ../../nbs/lm/05_generation.ipynb #2c4d30ec
 def generate(
     lm: LoadedModel,
@@ -304,10 +312,7 @@ def generate(
     batches = [list(range(len(ids)))]
     if not callback:
         batches = length_batches([len(i) for i in ids], sampling.max_new_tokens, ties=ties)
-    check(
-        batches == [list(range(len(ids)))] or not differs_by_row(lm.base_model),
-        "these prompts are answered in another order: give a steering by rows as generate(..., steering=...).",
-    )
+    _check_order(lm, batches, len(ids))
     how = [asdict(sampling), return_activations, settings().batch_tokens, "equal prompts together"]
     key = digest(prompts, seeds, *how, *run_fingerprint(lm, steering))
     cache = Cache.of_parts(folder, label, key, overwrite) if folder else None

@@ -106,8 +106,8 @@ def evaluate_model(
     "Answer, judge, pool, quiz; with a folder the result is kept, and found again if all inputs are the same."
     one_coefficient = not steering or all(t.coefficient.dim() == 0 for t in steering.terms)
     check(one_coefficient, "steer an effect with one coefficient for all answers.")
-    everywhere = not (steering and tasks) or not (steering.when or steering.outside)
-    check(everywhere, "tasks of lm-eval have no prompt to decide at: steer them without a gate and without outside.")
+    decides = steering and (steering.when or steering.outside)
+    check(not (tasks and decides), "tasks of lm-eval are steered at all tokens, without a gate or outside.")
     rows = _rows(lm, traits, split, system, n)
     asked = [list(rows.prompt), list(rows.seed), [asdict(t) for t in traits]]
     how = [judge.name, judge.key, asdict(sampling), quiz, list(tasks), task_limit, run_fingerprint(lm, steering)]

@@ -226,8 +226,8 @@ def best_line(table: pd.DataFrame, trait: str, up: bool) -> str:
     best = steered.loc[steered.trait.idxmax() if up else steered.trait.idxmin()]
     simple = steered.iloc[0]
     apart = best.trait_low > simple.trait_high if up else best.trait_high < simple.trait_low
-    score = f"{trait} score {simple.trait:.0f}"
     if apart:
-        return f"'{best.condition}' does more than '{simple.condition}' ({best.trait:.0f} against {score})."
+        scores = f"{trait} score {best.trait:.0f} against {simple.trait:.0f}"
+        return f"'{best.condition}' does more than '{simple.condition}': {scores}."
     first = "" if best.condition == simple.condition else f"; the first is '{best.condition}' with {best.trait:.0f}"
-    return f"No variant does clearly more than '{simple.condition}' ({score}{first})."
+    return f"No variant does clearly more than '{simple.condition}' ({trait} score {simple.trait:.0f}{first})."

@@ -489,8 +489,10 @@ def test_the_best_variant_is_one_of_those_at_equal_divergence():
             for c, x, at in rows
         ]
     )
-    assert best_line(table, "evil", False) == (
-        "The lowest evil score comes from 'rotate away' (20 against 30 with 'subtract', intervals apart)."
+    assert best_line(table, "evil", False) == "'rotate away' does more than 'subtract': evil score 20 against 30."
+    table.loc[3, "trait_high"] = 29
+    assert "No variant does clearly more than 'subtract' (evil score 30; the first is 'rotate away' with 20)." == (
+        best_line(table, "evil", False)
     )
     assert best_line(table[~table.at_target], "evil", False) == "No operation reaches this divergence."
 

@@ -28,7 +28,7 @@ def test_import_is_quick_and_needs_no_torch_key_or_network():
 def test_public_names_are_there():
     import persona_steer
 
-    assert 8 <= len(persona_steer.__all__) <= 18
+    assert 8 <= len(persona_steer.__all__) <= 20
     for name in persona_steer.__all__:
         assert getattr(persona_steer, name).__doc__
     with pytest.raises(AttributeError):

@@ -29,7 +29,7 @@ from persona_steer.persona.peer_objects import (
     to_repeng,
     to_steering_vectors,
 )
-from persona_steer.persona.transfer import export_vectors, import_vectors, read_vectors
+from persona_steer.persona.transfer import describe_import, export_vectors, import_vectors, read_vectors
 from persona_steer.persona.vectors import PersonaVectors, load_vectors, save_vectors, vector_file
 from persona_steer.serving.plugin import Served, engine_options
 from persona_steer.serving.specification import parse_steering
@@ -132,7 +132,7 @@ def logits(model, ids):
 
 def test_objects_of_repeng_steer_the_block_that_they_are_named_for_here(pocket, made):
     peer("repeng")
-    from repeng import ControlModel
+    ControlModel = repeng_package().ControlModel
 
     _, v = made
     control = to_repeng(v.response_avg, "llama", [2, 6], 0.5)
@@ -201,10 +201,18 @@ def test_safetensors_hold_everything_and_say_what_it_is(made, tmp_path):
 def test_an_import_is_what_every_chapter_reads(pocket, made, tmp_path):
     folder, v = made
     export_vectors(folder, tmp_path / "x.gguf")
-    import_vectors(tmp_path / "x.gguf", tmp_path / "a", "wicked", pocket)
-    back = load_vectors(tmp_path / "a", "wicked")
+    with pytest.raises(PersonaError, match="are of 'evil', not of 'wicked'"):
+        import_vectors(tmp_path / "x.gguf", tmp_path / "a", "wicked", pocket)
+    export_vectors(folder, tmp_path / "strong.gguf", coefficient=1.5)
+    strong = import_vectors(tmp_path / "strong.gguf", tmp_path / "strong", "evil", pocket)
+    assert "They are 1.5 times the extracted vectors" in describe_import(strong, "strong")
+    own = import_vectors(folder / "evil_prompt_avg_diff.pt", tmp_path / "own", "evil", pocket)
+    assert torch.equal(own.prompt_avg, v.prompt_avg) and own.response_avg.isnan().all()  # as its name says
+    back = import_vectors(tmp_path / "x.gguf", tmp_path / "a", "evil", pocket)
+    assert "times" not in describe_import(back, "a")
+    back = load_vectors(tmp_path / "a", "evil")
     assert torch.equal(back.response_avg[2:], v.response_avg[2:]) and back.response_avg[:2].isnan().all()
-    assert back.prompt_avg.isnan().all() and back.origin == "vectors of wicked that were made elsewhere"
+    assert back.prompt_avg.isnan().all() and back.origin == "vectors of evil that were made elsewhere"
     about = back.metadata
     assert about["layers"] == {"response_avg": [2, 3, 4, 5, 6]} and about["imported_from"]["file"] == "x.gguf"
     assert about["imported_from"]["about"]["judge"] == "pocket" and about["fingerprint"] == pocket.fingerprint

@@ -532,3 +532,11 @@ def test_tasks_of_lm_eval_are_not_steered_behind_a_gate(llama):
     for how in (dict(when=Gate(torch.ones(32), 1, 0.0)), dict(outside="json")):
         with pytest.raises(PersonaError, match="without a gate"):
             evaluate_model(llama, [], None, steering=steer(llama, torch.ones(32), 2, **how), tasks=["mmlu"])
+
+
+def test_an_angle_is_in_radians(llama):
+    v = torch.randn(32)
+    steer(llama, v, 1, torch.pi, mode="rotate")
+    for c in (15.0, torch.tensor([0.0, -4.0])):
+        with pytest.raises(PersonaError, match="at most pi"):
+            steer(llama, v, 1, c, mode="rotate")

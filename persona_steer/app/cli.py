@@ -135,18 +135,24 @@ def import_file(
     folder: str = typer.Argument(help="where the vectors go"),
     trait: str = typer.Option(..., help="what they are called here"),
     model: str = typer.Option(..., help="for which they were made: a name as in serve, a folder or a hub id"),
-    pooling: str = typer.Option("response_avg", help="what a file holds that does not say it"),
+    pooling: str = typer.Option(
+        "", help="what a file holds that does not say it; default: as its name says, else response_avg"
+    ),
     layout: str = typer.Option("published", help="of a .pt file: published or assistant-axis"),
     format: str = typer.Option("", help="gguf, safetensors or pt; default: by the ending"),
     other_model: bool = typer.Option(False, help="accept vectors of a model of this size with other weights"),
     overwrite: bool = typer.Option(False, help="replace vectors of this name"),
 ):
     "Save the vectors in a file of another tool as those of a trait, for every chapter, the server and Python."
+    from pathlib import Path
+
     from persona_steer.lm.models import load_model
-    from persona_steer.persona.transfer import check_new, describe_import, import_vectors, read_vectors
+    from persona_steer.persona.transfer import check_new, describe_import, import_vectors, pooling_of, read_vectors
 
     check_new(folder, trait, overwrite)
-    read_vectors(file, layout, pooling, format)  # what is wrong with the file is said before the model is loaded
+    read_vectors(
+        file, layout, pooling_of(Path(file), pooling), format
+    )  # what is wrong with the file is said before the model is loaded
     lm = load_model(model)
     v = import_vectors(file, folder, trait, lm, pooling, layout, format, other_model, overwrite)
     typer.echo(describe_import(v, folder))

@@ -91,6 +91,8 @@ def check_term(t: SteeringTerm, mode: str):
     check(torch.isfinite(t.coefficient).all(), f"the coefficients at layer {t.layer} hold NaN or infinite values.")
     direction = mode == "add" or bool(t.vector.any())
     check(direction, f"the vector is 0 at layer {t.layer}: it has no direction, which mode '{mode}' needs.")
+    angle = float(t.coefficient.abs().max()) if t.coefficient.numel() else 0.0
+    check(mode != "rotate" or angle <= 3.1416, f"mode 'rotate' turns by radians, at most pi (3.14), not by {angle:g}.")
     needs = mode == "cap"
     check(
         needs == (t.limits is not None),

@@ -81,6 +81,7 @@ def projection_limits(
 ) -> tuple[float, float]:  # low, high: for steer(..., mode="cap", limits=...)
     "Quantiles of the projections of the tokens of neutral answers."
     row = _row_of(lm, vector, layer)
+    check(not isinstance(questions, str), "questions is one text: give a list of questions.")
     low, high = quantiles
     check(0 <= low < high <= 1, f"quantiles ({low:g}, {high:g}) must rise, from 0 to 1.")
     prompts = [lm.prompt(q) for q in questions]

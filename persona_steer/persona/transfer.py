@@ -214,7 +214,7 @@ def import_vectors(
     folder: Path | str,
     trait: str,  # what the vectors are called here
     lm: LoadedModel,  # for which they were made
-    pooling: str = "response_avg",  # what a file that does not say it holds
+    pooling: str = "",  # what a file that does not say it holds; "": as a published name says, else response_avg
     layout: str = "published",  # of a .pt file
     format: str = "",
     other_model: bool = False,  # accept a file that was made on a model of this size with other weights
@@ -223,7 +223,11 @@ def import_vectors(
     """Save what a file holds as the vectors of a trait, NaN for the rows and poolings that it lacks, with metadata that
     names the file; raises `PersonaError` if it does not fit the model."""
     check_new(folder, trait, overwrite)
-    found, about = read_vectors(path, layout, pooling, format)
+    found, about = read_vectors(path, layout, pooling_of(Path(path), pooling), format)
+    own = about.get("trait")
+    check(
+        own in (None, trait), f"the vectors in {path} are of '{own}', not of '{trait}': import them as --trait {own}."
+    )
     none = torch.full((lm.n_layers + 1, lm.hidden_size), float("nan"))
     three = {k: found[k].matrix(lm.n_layers, lm.hidden_size, lm.name) if k in found else none.clone() for k in POOLS}
     made = about.get("fingerprint")
@@ -248,4 +252,6 @@ def describe_import(v: PersonaVectors, folder: Path | str) -> str:
         lacking = [l for l in range(1, len(v.response_avg)) if l not in layers]
         lacks = f"; no values at layer {_ranges(lacking)}, which cannot be steered" if lacking else ""
         parts.append(f"{pooling} at layers {_ranges([l for l in layers if l])}{lacks}")
-    return f"{folder}: vectors of {v.trait} for {v.metadata['model']}, {'; '.join(parts)}."
+    times = v.metadata["imported_from"]["about"].get("coefficient", 1.0)
+    scaled = "" if times == 1.0 else f" They are {times:g} times the extracted vectors: coefficients multiply that."
+    return f"{folder}: vectors of {v.trait} for {v.metadata['model']}, {'; '.join(parts)}.{scaled}"

@@ -20,15 +20,15 @@ from .lm.generation import collect_activations
 from .lm.models import LoadedModel
 from .lm.tables import condition_rows
 from .persona.estimators import DEFAULT, ESTIMATORS, find_estimator, match_gap, mean_difference
-from .persona.scores import as_columns, auc, mean_ci
+from .persona.scores import as_columns, auc, change_by_question, format_interval, mean_ci
 from .persona.traits import Trait, plain_prompt
 from .persona.vectors import random_like
 
 # %% auto #0
 __all__ = ['MIN_QUESTIONS', 'PLAIN', 'RANDOM', 'COLORS', 'Sides', 'read_sides', 'directions', 'split_half_cosines',
            'held_out_projections', 'd_prime_ci', 'compare_layer', 'compare_layers', 'with_random', 'equal_kl_points',
-           'steering_rows', 'summarise_steering', 'format_interval', 'steering_sentence', 'separation_sentence',
-           'plot_layers', 'plot_steering']
+           'steering_rows', 'summarise_steering', 'steering_sentence', 'separation_sentence', 'plot_layers',
+           'plot_steering']
 
 # %% ../nbs/02a_estimators.ipynb #736cb9d1
 MIN_QUESTIONS = 4  # with fewer there are no halves and no folds worth the name
@@ -198,28 +198,17 @@ def summarise_steering(frame: pd.DataFrame, trait: str) -> pd.DataFrame:
     minus the unsteered model's, `against_default` minus that of the mean difference at the same divergence, both
     question by question."""
 
-    def by_question(condition, target):
-        chosen = (frame.condition == condition) & (frame.target_kl == target)
-        return frame[chosen].groupby("question")[trait].mean()
+    def rows_of(condition, target):
+        return frame[(frame.condition == condition) & (frame.target_kl == target)]
 
     rows = []
     for (condition, target), g in frame.groupby(["condition", "target_kl"], sort=False):
         row = dict(condition=condition, target_kl=target)
         for column, name in ((trait, "trait"), ("coherence", "coherence")):
             row |= as_columns(mean_ci(g[column], g.question), name)
-        own = by_question(condition, target)
-        row |= as_columns(mean_ci(own - by_question("unsteered", 0.0)), "change")
-        rows.append(row | as_columns(mean_ci(own - by_question(DEFAULT, target)), "against_default"))
+        row |= as_columns(change_by_question(rows_of("unsteered", 0.0), g, trait), "change")
+        rows.append(row | as_columns(change_by_question(rows_of(DEFAULT, target), g, trait), "against_default"))
     return pd.DataFrame(rows)
-
-
-def format_interval(row, name: str, digits: int = 0, sign: str = "") -> str:  # "61 [55, 67]"
-    "A value with its interval, from columns {name}, {name}_low, {name}_high; nothing where it is missing."
-    values = [round(row[f"{name}{end}"], digits) + 0.0 for end in ("", "_low", "_high")]  # + 0.0: no minus before 0
-    if np.isnan(values[0]):
-        return ""
-    mean, low, high = (f"{v:{sign}.{digits}f}" for v in values)
-    return f"{mean} [{low}, {high}]"
 
 # %% ../nbs/02a_estimators.ipynb #d71b2a7e
 def _beside_default(table: pd.DataFrame, name: str, column: str, digits: int) -> str:  # "9.1 [8, 10]; `...` 6.4 [5, 7]"

@@ -21,7 +21,7 @@ from .lm.divergence import ReferenceTexts, coefficients_for_kl, kl_divergence, r
 from .lm.generation import SamplingParams, sampling_for
 from .lm.models import LoadedModel
 from .lm.tables import condition_rows, generate_table, table_steering
-from .persona.scores import as_columns, format_mean, mean_ci, save_table
+from .persona.scores import as_columns, change_by_question, format_mean, mean_ci, save_table
 from .persona.traits import Trait, plain_prompt, system_prompt
 from .persona.vectors import PersonaVectors
 
@@ -373,10 +373,7 @@ def _condition(e: Evaluation, condition: str, coefficient: float | None = None) 
 def change(e: Evaluation, trait: str, condition: str, coefficient: float | None = None, column: str = "") -> dict:
     # n, mean, low, high, missing
     "Change against the unsteered model, question by question, with the interval over questions."
-    column = column or trait
-    before = _condition(e, "unsteered").groupby("question")[column].mean()
-    after = _condition(e, condition, coefficient).groupby("question")[column].mean()
-    return mean_ci((after - before).to_numpy())
+    return change_by_question(_condition(e, "unsteered"), _condition(e, condition, coefficient), column or trait)
 
 
 def bound_line(coherence: dict, bound: float) -> str:  # a mean with its interval; empty if all of it reaches the bound

@@ -18,7 +18,7 @@ from .lm.divergence import ReferenceTexts, coefficients_for_kl, kl_divergence
 from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
 from .lm.tables import condition_rows, generate_table
-from .persona.scores import as_columns
+from .persona.scores import as_columns, format_interval
 from .persona.traits import Trait, plain_prompt, system_prompt
 from .training.capability import capability, take_quiz
 
@@ -107,14 +107,17 @@ def compare(
             print(f"{v.name}: no coefficient reaches {target:.2g} nats per token, so it is left out.")
             continue
         steering = partial(variant_steering, lm, v, vectors, layer, c)
-        table = generate_table(
-            lm, rows.assign(condition=v.name), sampling, steering(), folder=folder, label=f"{v.name} {c:.3g}"
-        )
+        label = f"{v.name} {c:.3g}"
+        table = generate_table(lm, rows.assign(condition=v.name), sampling, steering(), folder=folder, label=label)
         frames.append(add_scores(table, lm, judge, trait, f"judge {v.name}").assign(coefficient=c))
-        right = capability(take_quiz(lm, quiz, steering(), progress=False))
-        at_target = v.strength is None
-        facts.append(dict(condition=v.name, coefficient=c, kl=kl, at_target=at_target) | as_columns(right, "quiz"))
+        facts.append(_facts(v.name, c, kl, v.strength is None, take_quiz(lm, quiz, steering(), progress=False)))
     return pd.concat(frames, ignore_index=True), pd.DataFrame(facts)
+
+
+def _facts(condition: str, coefficient: float, kl: float, at_target: bool, taken: pd.DataFrame) -> dict:
+    "A row of what is known of a condition besides its answers; taken: the quiz."
+    about = dict(condition=condition, coefficient=coefficient, kl=kl, at_target=at_target)
+    return about | as_columns(capability(taken), "quiz")
 
 # %% ../nbs/04b_operations.ipynb #5ac543bd
 def baselines(
@@ -126,10 +129,8 @@ def baselines(
         table = generate_table(lm, part.reset_index(drop=True), sampling, folder=folder, label=name)
         frames.append(add_scores(table, lm, judge, trait, f"judge {name}").assign(coefficient=0.0))
         systems = part.system.unique()
-        right = capability(take_quiz(lm, quiz, system=systems[0] if len(systems) == 1 else "", progress=False))
-        facts.append(
-            dict(condition=name, coefficient=0.0, kl=float("nan"), at_target=False) | as_columns(right, "quiz")
-        )
+        taken = take_quiz(lm, quiz, system=systems[0] if len(systems) == 1 else "", progress=False)
+        facts.append(_facts(name, 0.0, float("nan"), False, taken))
     return pd.concat(frames, ignore_index=True), pd.DataFrame(facts)
 
 
@@ -203,8 +204,7 @@ def comparison_lines(table: pd.DataFrame, trait: str) -> list[str]:  # Markdown
     "The table of one half."
 
     def cell(r, name):
-        low, high, n = (r[f"{name}_{k}"] for k in ("low", "high", "n"))
-        return f"{r[name]:.0f} [{low:.0f}, {high:.0f}] (n={int(n)})"
+        return f"{format_interval(r, name)} (n={int(r[f'{name}_n'])})"
 
     head = ["", "coefficient", "KL, nats per token", f"{trait} score", "coherence", "quiz, per cent right"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

@@ -12,7 +12,7 @@ import pandas as pd
 from .base.core import load_json
 from .lm.models import LoadedModel
 from .persona.scores import format_mean
-from .persona.vectors import PersonaVectors
+from .persona.vectors import SHALLOW, PersonaVectors, usual_layer
 
 # %% auto #0
 __all__ = ['NOTICEABLE', 'side_by_side', 'scores_line', 'highest_line', 'change_line', 'sweep_view', 'chosen_point',
@@ -138,9 +138,8 @@ def default_layer(
             "" if choice.get("bound_met", True) else ", where no point met the bound on coherence"
         )
     why = _why_none(lm, trait)
-    if lm.n_layers <= 16:
-        return (lm.n_layers + 1) // 2, f"the middle one: {why}"
-    return round(lm.n_layers * 2 / 3), f"two thirds of the depth: {why}"
+    where = "the middle one" if lm.n_layers <= SHALLOW else "two thirds of the depth"
+    return usual_layer(lm.n_layers), f"{where}: {why}"
 
 
 def default_coefficient(lm: LoadedModel, trait: str, vectors: PersonaVectors | None = None, pool: str = "") -> float:

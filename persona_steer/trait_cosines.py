@@ -18,7 +18,7 @@ from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
 from .lm.tables import BOOKKEEPING, condition_rows, generate_table, table_steering
 from .persona.combine import cosine_matrix, project_out, random_cosine
-from .persona.scores import mean_ci
+from .persona.scores import change_by_question, mean_ci
 from .persona.traits import Trait
 from .persona.vectors import PersonaVectors
 
@@ -108,9 +108,8 @@ def effect_table(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     by, rows = frame.groupby("condition", sort=False), []
     check("unsteered" in by.groups, "the table has no unsteered answers to compare with.")
     for column in columns:
-        before = by.get_group("unsteered").groupby("question")[column].mean()
         for condition, g in by:
-            change = mean_ci((g.groupby("question")[column].mean() - before).to_numpy())
+            change = change_by_question(by.get_group("unsteered"), g, column)
             told = {"change": change["mean"], "change_low": change["low"], "change_high": change["high"]}
             rows.append(dict(condition=condition, measure=column) | mean_ci(g[column], g.question) | told)
     return pd.DataFrame(rows)

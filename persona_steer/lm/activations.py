@@ -15,11 +15,11 @@ from ..base.core import PersonaError, check, digest
 from .gates import Gate, GateReader
 from .models import LoadedModel, text_config
 from .operations import MODES, SteeringTerm, check_term, scale_back
-from .positions import PositionTracker, check_positions, span_table
+from .positions import PositionTracker, check_positions, span_table, within_response
 
 # %% auto #0
-__all__ = ['POOLS', 'hidden', 'ActivationPooler', 'Steering', 'validate_vector', 'check_steering', 'steer', 'is_steered',
-           'steers_prompts', 'differs_by_row', 'prompts_differ']
+__all__ = ['POOLS', 'hidden', 'ActivationPooler', 'Steering', 'validate_vector', 'layer_row', 'check_steering', 'steer',
+           'is_steered', 'steers_prompts', 'differs_by_row', 'prompts_differ']
 
 # %% ../../nbs/lm/03_activations.ipynb #828ef9ac
 POOLS = ("prompt_avg", "response_avg", "prompt_last")
@@ -94,10 +94,9 @@ class ActivationPooler:
 
     def _find_ends(self, h):
         "Which rows' prompts end in this call, and at which of its columns."
-        t, q = self.tracker, h.shape[1]
-        self.index, self.at = torch.arange(len(h), device=h.device), t.start[t.representative_row] - 1 - (t.total - q)
-        self.ends = t.fresh.gather(1, self.at.clamp(0, q - 1)[:, None])[:, 0] & (self.at >= 0) & (self.at < q)
-        self.at = self.at.clamp(0, q - 1)
+        self.index = torch.arange(len(h), device=h.device)
+        self.at, there = self.tracker.last_prompt_token()
+        self.ends = self.tracker.fresh.gather(1, self.at[:, None])[:, 0] & there
 
     def _after_thoughts(self, in_answer, response):
         "Where a thought ends, the sums of the response are reset: the answer begins after it."
@@ -150,8 +149,7 @@ class Steering:
     @property
     def reads_prompts(self) -> bool:
         "Does it touch more of a prompt than its last token, or depend on the prompt's tokens?"
-        late = isinstance(self.positions, str) and self.positions.startswith("response")
-        return not late or bool(self.when or self.outside)
+        return not within_response(self.positions) or bool(self.when or self.outside)
 
     def facts(self) -> list:
         "What it does, as values of which a digest can be made."
@@ -267,8 +265,8 @@ def validate_vector(vector, lm: LoadedModel) -> torch.Tensor:  # float32 [hidden
     return v
 
 
-def _row(vector, layer: int, lm: LoadedModel) -> torch.Tensor:  # [hidden]
-    "The vector for a layer."
+def layer_row(vector, layer: int, lm: LoadedModel) -> torch.Tensor:  # [hidden]
+    "The vector of a layer; raises `PersonaError` if it is for another model, or not finite there."
     v = validate_vector(vector, lm)
     v = v if v.dim() == 1 else v[layer]
     check(
@@ -332,7 +330,9 @@ def steer(
     for l in layers:
         lm.check_layer(l)
     limits = _two_numbers(limits)
-    terms = [SteeringTerm(l, _row(v, l, lm), _coefficient(c), limits) for v, l, c in zip(vectors, layers, coefficients)]
+    terms = [
+        SteeringTerm(l, layer_row(v, l, lm), _coefficient(c), limits) for v, l, c in zip(vectors, layers, coefficients)
+    ]
     for t in terms:
         check_term(t, mode)
     return _modified(Steering(lm, terms, positions, mode), keep_norm, when, outside)
@@ -344,7 +344,7 @@ def _modified(steering: Steering, keep_norm: bool, when: Gate | None, outside) -
     if when:
         lm.check_layer(when.layer)
         threshold = when.threshold if when.threshold is None else float(when.threshold)
-        when = replace(when, vector=_row(when.vector, when.layer, lm), threshold=threshold)
+        when = replace(when, vector=layer_row(when.vector, when.layer, lm), threshold=threshold)
         when.check([t.layer for t in steering.terms], steering.positions)
     table = span_table(lm.tokenizer, text_config(lm.model).vocab_size, spans) if spans else None
     return replace(steering, keep_norm=keep_norm, when=when, outside=spans, span_changes=table)

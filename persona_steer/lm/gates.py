@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..base.core import check
-from .positions import PositionTracker
+from .positions import PositionTracker, within_response
 
 # %% auto #0
 __all__ = ['Gate', 'GateReader']
@@ -34,10 +34,12 @@ class Gate:
             self.layer <= min(layers),
             f"the gate reads layer {self.layer}, above layer {min(layers)} that it decides on: read a layer no higher.",
         )
-        late = isinstance(positions, str) and positions.startswith("response")
-        check(late, "a gate decides at the last prompt token: steer positions 'response' or a slice of it.")
+        check(
+            within_response(positions),
+            "a gate decides at the last prompt token: steer positions 'response' or a slice of it.",
+        )
 
-
+# %% ../../nbs/lm/02c_gates.ipynb #b72ea03b
 class GateReader:
     "Which rows are open, from the calls of one steering context."
 

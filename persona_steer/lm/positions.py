@@ -12,7 +12,7 @@ from .routing import BatchRouting, routing_of
 from ..serving.specification import POSITIONS, response_slice
 
 # %% auto #0
-__all__ = ['TAGS', 'SPANS', 'check_positions', 'PositionTracker', 'span_table']
+__all__ = ['TAGS', 'SPANS', 'check_positions', 'within_response', 'PositionTracker', 'span_table']
 
 # %% ../../nbs/lm/02a_positions.ipynb #3b450011
 def check_positions(positions):
@@ -27,6 +27,11 @@ def check_positions(positions):
     check(known, f"positions '{positions}' is unknown: use response, prompt, all or a slice, response[:8].")
     first, end = response_slice(positions) or (0, None)
     check(end is None or first < end, f"positions '{positions}' holds no token.")
+
+
+def within_response(positions) -> bool:
+    "Is nothing of a prompt meant but its last token?"
+    return isinstance(positions, str) and positions.startswith("response")
 
 # %% ../../nbs/lm/02a_positions.ipynb #fc6f06c4
 class PositionTracker:
@@ -137,7 +142,7 @@ class PositionTracker:
 
     def last_prompt_token(self) -> tuple[torch.Tensor, torch.Tensor]:  # column of this call, bool: is it there? [rows]
         "Where the prompt of each passing row ends, for those whose prompt ends in this call."
-        at = self.start[self.representative_row] - 1 - int(self.cols[0])
+        at = self.start[self.representative_row] - 1 - (self.total - len(self.cols))
         there = (at >= 0) & (at < len(self.cols))
         return at.clamp(0, len(self.cols) - 1), there
 

@@ -11,25 +11,32 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..base.core import check
-from ..lm.activations import hidden, validate_vector
+from ..base.core import as_list, check
+from ..lm.activations import hidden, layer_row
 from ..lm.gates import Gate
 from ..lm.generation import SamplingParams, collect_activations, generate, iter_activations
 from ..lm.models import LoadedModel
 from ..lm.positions import PositionTracker
 
 # %% auto #0
-__all__ = ['TokenProjections', 'token_projections', 'projection_limits', 'prompt_projections', 'roc', 'choose_threshold',
-           'fit_gate', 'plot_roc']
+__all__ = ['TokenProjections', 'token_projections', 'check_quantiles', 'projection_limits', 'prompt_projections', 'roc',
+           'choose_threshold', 'fit_gate', 'plot_roc']
+
+# %% ../../nbs/persona/07_calibration.ipynb #fd2a709a
+def _row_of(lm: LoadedModel, vector, layer: int) -> torch.Tensor:  # float32 [hidden]
+    "The vector of a layer; raises `PersonaError` if the model has no such layer or width, or there is no direction."
+    lm.check_layer(layer)
+    row = layer_row(vector, layer, lm)
+    check(bool(row.any()), f"the vector is 0 at layer {layer}: nothing projects on it.")
+    return row
 
 # %% ../../nbs/persona/07_calibration.ipynb #c533d71b
 class TokenProjections:
     "Context that gathers the projections of all response tokens that pass, on the unit vector of one layer."
 
     def __init__(self, lm: LoadedModel, vector: torch.Tensor, layer: int):  # vector: [hidden]
-        lm.check_layer(layer)
-        check(bool(vector.any()), f"the vector is 0 at layer {layer}: nothing projects on it.")
-        self.lm, self.layer, self.unit = lm, layer, vector.float() / vector.float().norm()
+        row = _row_of(lm, vector, layer)
+        self.lm, self.layer, self.unit = lm, layer, row / row.norm()
         self.tracker, self.parts, self.stack = PositionTracker(), [], ExitStack()
 
     def __enter__(self):
@@ -61,13 +68,11 @@ def token_projections(
     return projections.values
 
 # %% ../../nbs/persona/07_calibration.ipynb #9c3ed76a
-def _row_of(lm: LoadedModel, vector, layer: int) -> torch.Tensor:  # float32 [hidden]
-    "The vector of a layer; raises `PersonaError` if the model has no such layer or width, or the vector is 0 there."
-    lm.check_layer(layer)
-    v = validate_vector(vector, lm)
-    row = v if v.dim() == 1 else v[layer]
-    check(bool(row.any()), f"the vector is 0 at layer {layer}: nothing projects on it.")
-    return row
+def check_quantiles(quantiles) -> tuple[float, float]:
+    "Two rising numbers from 0 to 1; raises `PersonaError` for others."
+    values = as_list(quantiles)
+    check(len(values) == 2 and 0 <= values[0] < values[1] <= 1, f"quantiles {values} must rise, from 0 to 1.")
+    return values[0], values[1]
 
 
 def projection_limits(
@@ -82,8 +87,7 @@ def projection_limits(
     "Quantiles of the projections of the tokens of neutral answers."
     row = _row_of(lm, vector, layer)
     check(not isinstance(questions, str), "questions is one text: give a list of questions.")
-    low, high = quantiles
-    check(0 <= low < high <= 1, f"quantiles ({low:g}, {high:g}) must rise, from 0 to 1.")
+    low, high = check_quantiles(quantiles)
     prompts = [lm.prompt(q) for q in questions]
     answers = generate(lm, prompts, sampling, seeds=list(questions), folder=folder, label="neutral answers").texts
     values = token_projections(lm, row, layer, prompts, answers).numpy()

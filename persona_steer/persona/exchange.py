@@ -16,7 +16,7 @@ import torch
 from ..base.core import PersonaError, atomic_path, check
 from ..lm.activations import POOLS
 from .vectors import PersonaVectors
-from ..serving.vectors import read_vector
+from ..serving.vectors import load_safely, read_vector
 
 # %% auto #0
 __all__ = ['INDEX', 'ARCHITECTURE', 'FIRST_IN_LLAMA_CPP', 'FORMAT', 'LAYOUTS', 'named_rows', 'check_coefficient', 'left_out',
@@ -272,10 +272,7 @@ def read_tensor(path: Path | str, layout: str = "published") -> Directions:
 
 def _axis(path: Path | str) -> torch.Tensor:  # float32 [layers, hidden]
     "The tensor of a file of assistant-axis."
-    try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e:
-        raise PersonaError(f"{path} is no tensor file that can be loaded safely ({type(e).__name__}).") from None
+    found = load_safely(path)
     if isinstance(found, dict):
         found = found.get("axis", found.get("vector"))
     check(

@@ -20,14 +20,13 @@ from ..lm.activations import POOLS
 from ..lm.models import LoadedModel
 from .model_card import model_card, public_record
 from .vectors import PersonaVectors, load_vectors, save_vectors, vector_file
+from ..serving.vectors import ENDING, save_tensor
 
 # %% auto #0
-__all__ = ['CARD', 'RECORD', 'ENDING', 'trait_folders', 'repository_files', 'files_to_push', 'hub_errors', 'push_vectors',
-           'pull_vectors']
+__all__ = ['CARD', 'RECORD', 'trait_folders', 'repository_files', 'files_to_push', 'hub_errors', 'push_vectors', 'pull_vectors']
 
 # %% ../../nbs/persona/05_hub.ipynb #d0955029
 CARD, RECORD = "README.md", "_vectors.json"
-ENDING = "_response_avg_diff.pt"  # each trait has one such file
 
 
 def trait_folders(
@@ -76,7 +75,7 @@ def files_to_push(
 def _tensor_file(v: torch.Tensor) -> bytes:
     "The content of a vector file."
     out = io.BytesIO()
-    torch.save(v.float().contiguous().clone(), out)
+    save_tensor(v, out)
     return out.getvalue()
 
 

@@ -14,7 +14,7 @@ from ..base.core import check, load_json, local_folder
 from ..base.redaction import redact
 from ..lm.gguf_files import PACKAGED
 from .scores import format_mean
-from .vectors import PersonaVectors, load_vectors
+from .vectors import PersonaVectors, load_vectors, usual_layer
 
 # %% auto #0
 __all__ = ['PRIVATE', 'ADDRESS', 'ABSOLUTE', 'STARTS_PATH', 'FILE', 'MEANS', 'LIMITS', 'public', 'measurements', 'public_record',
@@ -237,8 +237,7 @@ def _point(r: dict) -> tuple[int, float]:  # layer, coefficient
     "Where to steer: chapter 04's choice, else the middle layer, or two thirds of the depth in deep models."
     choice = r.get("measured", {}).get("evaluation", {}).get("choice", {})
     rows = r["shape"][0] if "shape" in r else len(r.get("diagnostics", {}).get("layer", []))
-    middle = rows // 2 if rows <= 17 else round((rows - 1) * 2 / 3)
-    return choice.get("layer") or max(1, middle), choice.get("coefficient", 1.5)
+    return choice.get("layer") or max(1, usual_layer(rows - 1)), choice.get("coefficient", 1.5)
 
 
 def _usage(records: dict, repo: str) -> str:

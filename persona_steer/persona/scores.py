@@ -16,8 +16,8 @@ from ..base.core import atomic_path, check
 
 # %% auto #0
 __all__ = ['TEXT', 'MEASURED', 'MIN_POINTS', 'MIN_COHERENCE', 'save_table', 'save_scores', 'load_table', 'load_scores', 'mean_ci',
-           'as_columns', 'format_mean', 'correlation', 'format_correlation', 'auc', 'format_auc', 'distinct',
-           'pair_mask']
+           'as_columns', 'format_interval', 'change_by_question', 'format_mean', 'correlation', 'format_correlation',
+           'auc', 'format_auc', 'distinct', 'pair_mask']
 
 # %% ../../nbs/persona/02_scores.ipynb #e4a91c82
 TEXT = ["question", "prompt", "answer", "question_id"]
@@ -125,6 +125,21 @@ def mean_ci(
 def as_columns(m: dict, name: str) -> dict:  # {name}, {name}_low, {name}_high, {name}_n, {name}_missing
     "A mean as columns of a table."
     return {name: m["mean"]} | {f"{name}_{k}": m[k] for k in ("low", "high", "n", "missing")}
+
+
+def format_interval(row, name: str, digits: int = 0, sign: str = "") -> str:  # "61 [55, 67]"
+    "A value with its interval, from columns {name}, {name}_low, {name}_high; nothing where it is missing."
+    values = [round(row[f"{name}{end}"], digits) + 0.0 for end in ("", "_low", "_high")]  # + 0.0: no minus before 0
+    if np.isnan(values[0]):
+        return ""
+    mean, low, high = (f"{v:{sign}.{digits}f}" for v in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def change_by_question(before: pd.DataFrame, after: pd.DataFrame, column: str) -> dict:  # n, mean, low, high, missing
+    "The mean change of a score from one set of answers to another, question by question."
+    means = [frame.groupby("question")[column].mean() for frame in (before, after)]
+    return mean_ci((means[1] - means[0]).to_numpy())
 
 # %% ../../nbs/persona/02_scores.ipynb #481ae4f9
 def format_mean(m: dict) -> str:  # "61.2 [55.0, 67.1] (n=40)"

@@ -26,7 +26,8 @@ from persona_steer.persona.exchange import (
     write_gguf,
     write_safetensors,
 )
-from .vectors import PersonaVectors, load_vector, load_vectors, save_vectors
+from .vectors import PersonaVectors, load_vector, load_vectors, save_vectors, traits_in
+from ..serving.vectors import save_tensor
 
 # %% auto #0
 __all__ = ['ENDINGS', 'file_format', 'pooling_of', 'find_vectors', 'model_type_of', 'export_vectors', 'read_vectors', 'check_new',
@@ -45,11 +46,6 @@ def file_format(path: Path | str, name: str = "") -> str:
     return found
 
 
-def _traits_in(folder: Path, pooling: str) -> list[str]:
-    ending = f"_{pooling}_diff.pt"
-    return sorted(p.name.removesuffix(ending) for p in folder.glob(f"*{ending}"))
-
-
 def pooling_of(source: Path, wanted: str = "") -> str:
     "Which pooling is meant: the one that is wanted, else that of a file with a published name, else response_avg."
     check(not wanted or wanted in POOLS, f"pooling '{wanted}' is unknown: use {', '.join(POOLS)}.")
@@ -66,7 +62,7 @@ def find_vectors(source: Path | str, trait: str = "", pooling: str = "") -> Pers
     check(source.exists(), f"{source} does not exist: give a folder with vectors, or a vector file.")
     pooling = pooling_of(source, pooling)
     if source.is_dir():
-        there = _traits_in(source, pooling)
+        there = traits_in(source, pooling)
         check(there, f"there is no vector file (*_{pooling}_diff.pt) in {source}.")
         check(trait or len(there) == 1, f"{source} holds vectors of {', '.join(there)}: say which with --trait.")
         return load_vectors(source, trait or there[0])
@@ -106,7 +102,7 @@ def _selected(v: PersonaVectors, pooling: str, layers: list[int], coefficient: f
 def _save_tensor(path: Path, vector: torch.Tensor):
     check(not vector.isnan().all(), f"there are no values to write into {path.name}: choose another --pooling.")
     with atomic_path(path) as tmp:
-        torch.save(vector.float().contiguous().cpu(), tmp)
+        save_tensor(vector, tmp)
 
 
 def _hint(v: PersonaVectors, given: str) -> str:

@@ -12,17 +12,25 @@ import torch
 
 from ..base.core import atomic_path, check, check_name, load_json, save_json
 from ..lm.activations import POOLS
-from ..serving.vectors import read_vector, vector_digest
+from ..serving.vectors import read_vector, save_tensor, vector_digest
 
 # %% auto #0
-__all__ = ['SHARED', 'random_like', 'shared_facts', 'PersonaVectors', 'vector_file', 'save_vectors', 'load_vector',
-           'load_vectors']
+__all__ = ['SHALLOW', 'SHARED', 'random_like', 'usual_layer', 'shared_facts', 'PersonaVectors', 'vector_file', 'save_vectors',
+           'traits_in', 'load_vector', 'load_vectors']
 
 # %% ../../nbs/persona/01_vectors.ipynb #0e58d133
 def random_like(v: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     "A random direction with the same norm in every row."
     r = torch.randn(v.shape, generator=rng)
     return r / r.norm(dim=1, keepdim=True) * v.norm(dim=1, keepdim=True)
+
+
+SHALLOW = 16  # layers
+
+
+def usual_layer(n_layers: int) -> int:
+    "Where to steer if nothing is known: in the middle, or at two thirds of the depth of a deep model."
+    return (n_layers + 1) // 2 if n_layers <= SHALLOW else round(n_layers * 2 / 3)
 
 # %% ../../nbs/persona/01_vectors.ipynb #e4c3de5f
 SHARED = ("model", "fingerprint", "template", "hook_site", "index", "pooling", "dtype", "model_dtype")
@@ -115,14 +123,20 @@ def save_vectors(v: PersonaVectors, folder: Path | str, overwrite: bool = False)
     )
     for k in POOLS:
         with atomic_path(vector_file(folder, v.trait, k)) as tmp:
-            torch.save(getattr(v, k).float().contiguous().cpu(), tmp)
+            save_tensor(getattr(v, k), tmp)
     return save_json(record, v.metadata)
+
+
+def traits_in(folder: Path | str, pooling: str = "response_avg") -> list[str]:
+    "The traits that a folder has vector files of."
+    ending = f"_{pooling}_diff.pt"
+    return sorted(p.name.removesuffix(ending) for p in Path(folder).glob(f"*{ending}"))
 
 
 def load_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidden]
     "Read one vector file, this project's or a published one."
     path = Path(path)
-    there = sorted(p.name.removesuffix("_response_avg_diff.pt") for p in path.parent.glob("*_response_avg_diff.pt"))
+    there = traits_in(path.parent)
     has = f"{path.parent} has vectors of {', '.join(there)}" if there else f"there are no vectors in {path.parent}"
     check(path.exists(), f"{path} does not exist; {has}.")
     return read_vector(path)

@@ -15,7 +15,7 @@ from ..base.core import PersonaError, check
 from .specification import NAME
 
 # %% auto #0
-__all__ = ['ENDING', 'vector_files', 'served_vectors', 'read_vector', 'vector_digest']
+__all__ = ['ENDING', 'vector_files', 'served_vectors', 'load_safely', 'save_tensor', 'read_vector', 'vector_digest']
 
 # %% ../../nbs/serving/00a_vectors.ipynb #92d08c91
 ENDING = "_response_avg_diff.pt"
@@ -47,12 +47,22 @@ def served_vectors(files: dict[str, str]) -> dict[str, torch.Tensor]:  # float32
     return {name: read_vector(path) for name, path in files.items()}
 
 
-def read_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidden]
-    "The tensor of a vector file; raises `PersonaError` if it holds none, or cannot be loaded safely."
+def load_safely(path: Path | str):
+    "What a tensor file holds, whose code is never run; raises `PersonaError` if it cannot be loaded so."
     try:
-        v = torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as e:
         raise PersonaError(f"{path} is no tensor file that can be loaded safely ({type(e).__name__}).") from None
+
+
+def save_tensor(v: torch.Tensor, file):  # a path, or a file that is open for writing
+    "Write a vector file: these values in float32, and nothing else that lies in the same storage."
+    torch.save(v.float().contiguous().cpu().clone(), file)
+
+
+def read_vector(path: Path | str) -> torch.Tensor:  # float32 [layers + 1, hidden]
+    "The tensor of a vector file; raises `PersonaError` if it holds none, or cannot be loaded safely."
+    v = load_safely(path)
     check(isinstance(v, torch.Tensor) and v.dim() == 2, f"{path} must hold one tensor [layers + 1, hidden].")
     return v.float()
 

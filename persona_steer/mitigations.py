@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .base.core import check
+from .base.core import check, unknown_name
 from .finetuning import finetune_in
 from .judges.judging import Judge
 from .lm.activations import steer
@@ -21,10 +21,26 @@ from .training.config import TrainingConfig, load_config
 from .training.model_evaluation import ModelEvaluation, evaluate_model
 
 # %% auto #0
-__all__ = ['UNGUARDED', 'LINES', 'LEVEL', 'training_plan', 'evaluation_row', 'compare_mitigations', 'choose_mitigation',
-           'plot_mitigations']
+__all__ = ['ALTERNATIVES', 'UNGUARDED_AND_GUARDED', 'UNGUARDED', 'LINES', 'LEVEL', 'check_alternatives', 'training_plan',
+           'evaluation_row', 'compare_mitigations', 'choose_mitigation', 'plot_mitigations']
 
 # %% ../nbs/06b_guard.ipynb #b155569f
+# what a user names -> conditions of the table
+ALTERNATIVES = {
+    "random vector": ["random vector"],
+    "ablation": ["ablation"],
+    "inoculation": ["inoculation"],
+    "all layers": ["all layers, increments", "ablation, all layers"],
+}
+UNGUARDED_AND_GUARDED = ("no guard", "preventative steering")  # always trained
+
+
+def check_alternatives(names):
+    "Raise `PersonaError` for an alternative that does not exist."
+    unknown = next((name for name in names if name not in ALTERNATIVES), None)
+    check(unknown is None, unknown_name(str(unknown), list(ALTERNATIVES), "there is no alternative '{}'"))
+
+
 def training_plan(
     trait: Trait,
     vector: Path,
@@ -33,9 +49,11 @@ def training_plan(
     coefficients: list[float],
     n_layers: int,
     all_layers: list[float] = (),
+    alternatives=ALTERNATIVES,
 ) -> pd.DataFrame:
     # condition, coefficient, changes
-    "The trainings to compare: no guard, each guard, each strength."
+    "The trainings to compare: no guard, preventative steering of each strength, and the alternatives that are named."
+    check_alternatives(alternatives)
 
     def steering(path, **kw):
         return dict(enable_steering_during_training=True, steering_config=dict(steering_vector_path=str(path), **kw))
@@ -54,7 +72,9 @@ def training_plan(
     ]
     if len(all_layers):
         rows += [("ablation, all layers", 1.0, steering(vector, type="ablate", layers=every))]
-    return pd.DataFrame(rows, columns=["condition", "coefficient", "changes"])
+    wanted = [*UNGUARDED_AND_GUARDED, *(c for name in alternatives for c in ALTERNATIVES[name])]
+    plan = pd.DataFrame(rows, columns=["condition", "coefficient", "changes"])
+    return plan[plan.condition.isin(wanted)].reset_index(drop=True)
 
 # %% ../nbs/06b_guard.ipynb #229d1e5c
 def evaluation_row(condition: str, coefficient: float, split: str, e: ModelEvaluation, trait: str) -> dict:

@@ -570,7 +570,9 @@ def test_steps(tiny, tmp_path):
     jobs = b.jobs_of_steps(steps)
     assert [j.step for j in jobs] == [0] * 4 + [1] * 4
     records = b.run_batch(jobs, local(2, memory=8), str(tmp_path / "runs"), tmp_path / "batch")
-    states = {(j.labels["trait"], str(list(j.labels.values())[-1])): r.get("state", "not run") for j, r in zip(jobs, records)}
+    states = {
+        (j.labels["trait"], str(list(j.labels.values())[-1])): r.get("state", "not run") for j, r in zip(jobs, records)
+    }
     assert states == {
         ("a", "fail"): "failed",
         ("a", ""): "done",

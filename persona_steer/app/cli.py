@@ -27,7 +27,8 @@ def main_options():
 
 # %% auto #0
 __all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'export_file', 'import_file', 'finetune', 'report',
-           'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'joined', 'main']
+           'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'paper', 'site', 'joined',
+           'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -385,6 +386,67 @@ def finish_batch(jobs, records, runs: str, folder) -> int:  # exit status
             err=True,
         )
     return 0 if all(s == "done" for s in states) else 1
+
+# %% ../../nbs/app/02_cli.ipynb #228d877b
+@app.command()
+def paper(
+    model: list[str] = typer.Option(["pocket", "smollm2"], help="may be repeated"),
+    trait: list[str] = typer.Option(["evil", "sycophantic", "hallucinating"], help="may be repeated"),
+    judge: str = typer.Option("auto", help="as judge_model in the chapters, such as gpt-4.1-mini-2025-04-14"),
+    base_url: str = typer.Option("", help="an OpenAI-compatible server for the judge"),
+    max_calls: int = typer.Option(20000, help="a remote judge is not asked more often than this by one job"),
+    runs: str = typer.Option("runs/paper", help="where results go; what is done there is kept"),
+    out: str = typer.Option("reports/paper", help="where the pages go"),
+    dry_run: bool = typer.Option(False, help="print what would be run and what it would cost, run nothing"),
+    executor: str = typer.Option("local", help="local or ray"),
+    address: str = typer.Option("", help="of the Ray cluster, such as auto; default: one on this machine"),
+    workers: int = typer.Option(0, help="jobs at once on this machine; default: one per GPU, or up to four on the CPU"),
+    threads: int = typer.Option(0, help="cores of each job; default: its share"),
+    gpus: int = typer.Option(-1, help="of each job; default: one, where there are any (local)"),
+    memory: float = typer.Option(0, help="GB of each job; default: its share (local)"),
+    retries: int = typer.Option(2, help="how often to try a job again whose process died"),
+    overwrite: bool = typer.Option(False, help="run all, also what is done"),
+):
+    "Run every experiment of the paper and write its page: claims, figures, verdicts. The same command goes on."
+    from persona_steer.jobs.batch import batch_folder
+    from persona_steer.paper.plan import paper_jobs
+
+    set_runs(runs)
+    jobs = paper_jobs(model, trait, dict(judge_model=judge, base_url=base_url, max_calls=max_calls))
+    if dry_run:
+        return typer.echo(_forecast(jobs, judge))
+    execute = _executor(executor, address, workers, threads, gpus, memory, retries)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ending like any other: the summary is written
+    folder = batch_folder(jobs, "paper")
+    records = _run(jobs, execute, "", folder, resume=True, overwrite=overwrite)
+    raise typer.Exit(_finish_paper(jobs, records, folder, runs, out))
+
+# %% ../../nbs/app/02_cli.ipynb #7681abec
+def _finish_paper(jobs: list, records: list[dict], folder, runs: str, out: str) -> int:  # exit status
+    "Write the pages of a paper run; say what failed and what to do."
+    from persona_steer.paper.site import paper_site
+
+    page = paper_site(runs, out)
+    done = sum(r.get("state") == "done" for r in records)
+    typer.echo(f"{done} of {len(jobs)} jobs are done. {page}, {folder / 'summary.csv'}")
+    for j, r in zip(jobs, records):
+        if r.get("state") == "failed":
+            typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
+    if done < len(jobs):
+        typer.echo("Put right what is wrong, then run the same command: what is done is kept.", err=True)
+    return 0 if done == len(jobs) else 1
+
+
+@app.command()
+def site(
+    runs: str = typer.Argument("runs/paper", help="what `persona-steer paper` wrote"),
+    out: str = typer.Argument("docs", help="a folder with guides (Markdown); the pages are written beside them"),
+):
+    "Publish: the page of the paper, the pages of its runs and the guides as one site, for any file host."
+    from persona_steer.paper.site import publish
+
+    set_runs(runs)
+    typer.echo(publish(runs, out))
 
 # %% ../../nbs/app/02_cli.ipynb #f46ade70
 def joined(args: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+
 from persona_steer.paper.measurements import (
     Measurement,
     ModelResults,

@@ -414,7 +414,8 @@ def paper(
     set_runs(runs)
     jobs = paper_jobs(model, trait, dict(judge_model=judge, base_url=base_url, max_calls=max_calls))
     if dry_run:
-        return typer.echo(_forecast(jobs, judge))
+        typer.echo(_forecast(jobs))
+        return
     execute = _executor(executor, address, workers, threads, gpus, memory, retries)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ending like any other: the summary is written
     folder = batch_folder(jobs, "paper")
@@ -422,6 +423,12 @@ def paper(
     raise typer.Exit(_finish_paper(jobs, records, folder, runs, out))
 
 # %% ../../nbs/app/02_cli.ipynb #7681abec
+def _forecast(jobs: list) -> str:
+    "What a paper run will do."
+    steps = {j.step for j in jobs}
+    return f"{len(jobs)} jobs in {len(steps)} steps"
+
+
 def _finish_paper(jobs: list, records: list[dict], folder, runs: str, out: str) -> int:  # exit status
     "Write the pages of a paper run; say what failed and what to do."
     from persona_steer.paper.site import paper_site

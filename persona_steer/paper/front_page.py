@@ -12,15 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..base.core import git_state, load_json, versions
-from .claims import FAILS, HOLDS, PARTLY, UNMEASURED, Claim, Figure, Result
+from .claims import FAILS, HOLDS, PARTLY, UNMEASURED, Figure, Result
 from ..reports.notebook import moment, read_notebook, span
-from ..reports.report import CAPTION, plain_text
+from ..reports.report import CAPTION, lossless_webp, plain_text
 from ..reports.site import notebooks, page_names
 from ..reports.theme import CSS, render, template_text
 
 # %% auto #0
-__all__ = ['PAGES', 'KIND', 'WHAT', 'ABOUT', 'run_pages', 'notebook_of', 'first_picture', 'shrink', 'pictures', 'links_to_runs',
-           'result_row', 'claim_entry', 'run_facts', 'provenance_rows', 'tally_of', 'summary_line', 'front_page']
+__all__ = ['PAGES', 'KIND', 'COUNTED', 'WHAT', 'ABOUT', 'run_pages', 'notebook_of', 'first_picture', 'as_picture', 'pictures',
+           'links_to_runs', 'page_of', 'result_row', 'claim_entry', 'run_facts', 'provenance_rows', 'tally_of',
+           'summary_line', 'front_page']
 
 # %% ../../nbs/paper/04_front_page.ipynb #5e1823ef
 PAGES = "runs"  # the folder of the chapters' pages, beside the front page
@@ -49,18 +50,10 @@ def first_picture(notebook: Path) -> tuple[str, str]:  # base64 PNG, caption; em
     return "", ""
 
 # %% ../../nbs/paper/04_front_page.ipynb #336d34a2
-def shrink(png: str, width: int = 1100) -> str:  # base64 PNG -> data address
-    "A figure as a small PNG: at most so many pixels wide, at most 128 colours."
-    import io
-
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    if picture.width > width:
-        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.LANCZOS)
-    out = io.BytesIO()
-    picture.quantize(128).save(out, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+def as_picture(png: str) -> str:  # base64 PNG -> data address
+    "A figure for the page, as small as it can be without loss."
+    small = lossless_webp(base64.b64decode(png))
+    return f"data:image/webp;base64,{base64.b64encode(small).decode()}"
 
 
 def pictures(figure: Figure, runs: Path, models: list[str], traits: list[str], pages: dict[str, str]) -> list[dict]:
@@ -74,7 +67,7 @@ def pictures(figure: Figure, runs: Path, models: list[str], traits: list[str], p
         if png:
             about = f"{model}, {traits[0]}" if figure.by_trait else model
             alt = f"{figure.title}, {about}. {caption}"[:400]
-            out.append(dict(data=shrink(png), alt=alt, page=pages[name], caption=f"{about}. {caption}"))
+            out.append(dict(data=as_picture(png), alt=alt, page=pages[name], caption=f"{about}. {caption}"))
     return out
 
 
@@ -93,7 +86,16 @@ def links_to_runs(figure: Figure, models: list[str], traits: list[str], pages: d
 KIND = {HOLDS: "holds", PARTLY: "partly", FAILS: "fails", UNMEASURED: "unmeasured"}  # class of the badge
 
 
-def result_row(result: Result, traits: list[str]) -> dict:
+COUNTED = {HOLDS: "hold", PARTLY: "hold partly", FAILS: "do not hold here", UNMEASURED: "were not measured"}
+
+
+def page_of(chapter: str, model: str, trait: str, pages: dict[str, str]) -> str:
+    "The page of the run that measured a claim: the trait's own, or that of all traits; empty if there is none."
+    own = pages.get(notebook_of(model, chapter, trait)) if trait else None
+    return own or pages.get(notebook_of(model, chapter), "")
+
+
+def result_row(result: Result, traits: list[str], chapter: str, pages: dict[str, str]) -> dict:
     "A row of a claim's table: the measurement of each trait on one model, and the verdict."
     cells = []
     for trait in traits if result.claim.by_trait else [""]:
@@ -102,12 +104,14 @@ def result_row(result: Result, traits: list[str]) -> dict:
             cells.append(dict(why="not measured"))
             continue
         value, _, interval = m.text(result.claim.digits, result.claim.sign).partition(" ")
-        cells.append(dict(value=value, ci=interval, n=m.n, met=result.met[trait]))
+        page = page_of(result.claim.chapter or chapter, result.model, trait, pages)
+        cells.append(dict(value=value, ci=interval, n=m.n, met=result.met[trait], page=page))
     return dict(model=result.model, cells=cells, verdict=result.verdict, kind=KIND[result.verdict])
 
 
-def claim_entry(claim: Claim, results: list[Result], traits: list[str], number: str) -> dict:
+def claim_entry(results: list[Result], traits: list[str], number: str, chapter: str, pages: dict[str, str]) -> dict:
     "A claim with its published numbers and its rows."
+    claim = results[0].claim
     columns = traits if claim.by_trait else [""]
     paper = [claim.published(t) for t in columns]
     return dict(
@@ -118,7 +122,7 @@ def claim_entry(claim: Claim, results: list[Result], traits: list[str], number: 
         columns=columns if claim.by_trait else ["all prompts"],
         paper=paper if any(paper) else [],
         source="Paper" if claim.by_trait else "A public run",
-        rows=[result_row(r, traits) for r in results],
+        rows=[result_row(r, traits, chapter, pages) for r in results],
     )
 
 # %% ../../nbs/paper/04_front_page.ipynb #4c540d91
@@ -165,18 +169,20 @@ ABOUT = (
 def tally_of(model: str, results: list[Result], judge: str) -> dict:
     "How many claims hold on a model."
     counts = Counter(r.verdict for r in results)
-    shown = [(KIND[v], counts[v], v) for v in (HOLDS, PARTLY, FAILS, UNMEASURED) if counts[v]]
+    shown = [(KIND[v], counts[v], COUNTED[v]) for v in COUNTED if counts[v]]
     return dict(model=model, what=WHAT.get(model, ""), judge=judge or "none", counts=shown)
 
 
-def summary_line(tally: list[dict]) -> str:  # "On smollm2 20 of 28 measured claims hold, ..."
+def summary_line(tally: list[dict]) -> str:  # "On smollm2, 20 of the 28 claims that were measured hold, ..."
     "The result in one sentence."
     parts = []
     for m in tally:
-        counts = {text: count for _, count, text in m["counts"]}
-        measured = sum(count for text, count in counts.items() if text != UNMEASURED)
-        parts.append(f"on {m['model']} {counts.get(HOLDS, 0)} of {measured}, and {counts.get(PARTLY, 0)} partly")
-    return "Of the claims that were measured, these hold: " + "; ".join(parts) + "."
+        counts = {kind: count for kind, count, _ in m["counts"]}
+        measured = sum(count for kind, count in counts.items() if kind != KIND[UNMEASURED])
+        parts.append(
+            f"on {m['model']}, {counts.get(KIND[HOLDS], 0)} of {measured} hold and {counts.get(KIND[PARTLY], 0)} partly"
+        )
+    return f"Of the claims that were measured: {'; '.join(parts)}."
 
 
 def front_page(
@@ -191,7 +197,7 @@ def front_page(
     pages, facts = run_pages(runs), run_facts(runs, models)
     figures = []
     for k, (figure, rows) in enumerate(examined, 1):
-        claims = [claim_entry(row[0].claim, row, traits, f"{k}-{i}") for i, row in enumerate(rows, 1)]
+        claims = [claim_entry(row, traits, f"{k}-{i}", figure.chapter, pages) for i, row in enumerate(rows, 1)]
         shown = pictures(figure, runs, models, traits, pages)
         about = dict(title=figure.title, chapter=figure.chapter, note=figure.note)
         figures.append(dict(claims=claims, pictures=shown, runs=links_to_runs(figure, models, traits, pages), **about))

@@ -11,10 +11,12 @@ from ..base.core import atomic_path, check
 from .claims import claims_table, examine_all
 from .front_page import PAGES, front_page
 from ..persona.scores import save_table
+from ..reports.guides import build_guides, repository_address
+from ..reports.links import check_links, site_size
 from ..reports.site import build_site
 
 # %% auto #0
-__all__ = ['models_in', 'traits_in', 'paper_site']
+__all__ = ['LIMIT', 'models_in', 'traits_in', 'paper_site', 'publish']
 
 # %% ../../nbs/paper/05_site.ipynb #6d5354e3
 def models_in(runs: Path) -> list[str]:
@@ -43,9 +45,27 @@ def paper_site(
     traits = traits_in(runs, models)
     check(traits, f"{runs} holds no evaluation of a trait: run `make paper` (or `persona-steer paper`) first.")
     examined = examine_all({m: runs / m for m in models}, traits)
-    build_site(runs, out / PAGES, "All runs", home="../index.html")
+    build_site(runs, out / PAGES, "All runs", compress=True, home="../index.html")
     save_table(claims_table(examined), out / "claims.csv")
     page = front_page(examined, runs, models, traits, command, links)
     with atomic_path(out / "index.html") as tmp:
         tmp.write_text(page, encoding="utf-8")
     return out / "index.html"
+
+# %% ../../nbs/paper/05_site.ipynb #62367f25
+LIMIT = 10_000_000  # bytes that a published site may have
+
+
+def publish(runs: Path, docs: Path) -> Path:  # the front page
+    """Write the site of a paper run and the guides (the Markdown files in `docs`) as pages into `docs`. Raises
+    `PersonaError` if a link leads nowhere, if a page would load something, or if the site is too large."""
+    docs = Path(docs)
+    repository = repository_address(docs.parent / "settings.ini")
+    guides = build_guides(docs, docs, repository)
+    page = paper_site(runs, docs, links=[("Getting started", "getting-started.html"), ("All guides", guides[0].name)])
+    (docs / ".nojekyll").touch()  # the host serves the pages as they are
+    problems = check_links(docs)
+    check(not problems, f"the site has {len(problems)} broken links, the first one: {problems[:1]}.")
+    size = site_size(docs)
+    check(size <= LIMIT, f"the site has {size / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}: publish fewer runs.")
+    return page

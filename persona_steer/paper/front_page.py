@@ -156,7 +156,7 @@ def provenance_rows(facts: dict, command: str) -> list[tuple[str, str]]:
 
 # %% ../../nbs/paper/04_front_page.ipynb #66d1970c
 WHAT = {
-    "pocket": "A model organism of 0.9 million parameters that this project trained, with a ground truth for every answer.",
+    "pocket": "A small model organism that this project trained; every answer has a known truth.",
     "smollm2": "SmolLM2-135M-Instruct, a small language model that judges its own answers by likelihood.",
 }
 ABOUT = (

@@ -181,7 +181,7 @@ def _write_pages(runs: Path, target: Path, out: Path, title: str) -> list[str]: 
         jobs.setdefault(heading_of(path), []).append(index_row(runs / path, target / name, detail_of(path)))
     rows = [r for group in jobs.values() for r in group]
     executed = {r["state"] for r in rows} - {"unexecuted", "unreadable"}
-    check(executed, f"There is no executed notebook in {runs}: run `make demo` first.")
+    check(executed, f"There is no executed notebook in {runs}: run `persona-steer demo` first.")
     now = moment(datetime.now(UTC).isoformat())
     comparisons = _compare(rows, target, now)
     head = dict(title=title, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)

@@ -18,9 +18,6 @@ PEERS    ?= repeng==0.4.0 steering-vectors==0.12.2
 
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
-# 04 before 03, which shows texts at the layer that 04 chose.
-CHAPTERS := 02_extract 04_evaluate 03_steer
-DEMO      = runs/$(notdir $(patsubst %/,%,$(MODEL)))/$(TRAIT)
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -57,15 +54,7 @@ install: $(STAMP) ## build .venv, install everything, set the notebooks' git hoo
 	else echo "Not the root of a git checkout: no git hooks set."; fi
 
 demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports/index.html
-	@failed=; \
-	for chapter in $(CHAPTERS); do \
-	  echo "== $$chapter: $(TRAIT), $(MODEL)"; \
-	  mkdir -p "$(DEMO)/$$chapter"; rm -f "$(DEMO)/$$chapter/$$chapter.ipynb"; \
-	  "$(BIN)/papermill" "nbs/$$chapter.ipynb" "$(DEMO)/$$chapter/$$chapter.ipynb" -p trait "$(TRAIT)" -p model "$(MODEL)" || { failed=$$chapter; break; }; \
-	done; \
-	"$(BIN)/persona-steer" report runs reports || exit 1; \
-	echo "Open reports/index.html"; \
-	[ -z "$$failed" ] || { echo "Failed: $$failed; see $(DEMO)/$$failed/$$failed.ipynb. Later chapters stand on it and were not run." >&2; exit 1; }
+	"$(BIN)/persona-steer" demo --trait "$(TRAIT)" --model "$(MODEL)"
 
 test: test-lint test-export test-clean test-notebooks test-code ## all five checks below, offline; pytest's summary comes last
 

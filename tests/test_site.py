@@ -145,7 +145,7 @@ def test_page_names_differ():
 
 def test_bad_input(tmp_path):
     nbformat.write(chapter(), tmp_path / "new.ipynb")
-    with pytest.raises(PersonaError, match="make demo"):
+    with pytest.raises(PersonaError, match="persona-steer demo"):
         build_site(tmp_path, tmp_path / "site")
     assert not (tmp_path / "site/index.html").exists()
 
@@ -171,7 +171,7 @@ def test_imports_quickly_and_an_empty_folder_is_one_sentence(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 1 and "make demo" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 1 and "persona-steer demo" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_a_failed_run_brings_its_notebook_and_a_batch_its_details(tmp_path):
@@ -249,7 +249,7 @@ def test_a_wrong_folder_and_a_foreign_page_cost_nothing(tmp_path):
     build_site(tmp_path / "runs", site)
     before = {p.name: p.read_text(encoding="utf-8") for p in site.iterdir()}
     (tmp_path / "empty").mkdir()
-    for wrong, words in (("empty", "make demo"), ("missing", "no folder")):
+    for wrong, words in (("empty", "persona-steer demo"), ("missing", "no folder")):
         with pytest.raises(PersonaError, match=words):
             build_site(tmp_path / wrong, site)
         assert {p.name: p.read_text(encoding="utf-8") for p in site.iterdir()} == before

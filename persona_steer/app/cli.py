@@ -26,9 +26,9 @@ def main_options():
     pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'export_file', 'import_file', 'finetune', 'report',
-           'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'paper', 'site', 'joined',
-           'main']
+__all__ = ['app', 'main_options', 'doctor', 'demo', 'new_trait', 'writer_of', 'serve', 'export_file', 'import_file', 'finetune',
+           'report', 'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'paper', 'site',
+           'joined', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -42,6 +42,22 @@ def doctor():
     typer.echo(f"\n{len(bad)} to fix: {', '.join(f.what for f in bad)}" if bad else "\nAll that is needed is there.")
     raise typer.Exit(bool(bad))
 
+# %% ../../nbs/app/02_cli.ipynb #f4249748
+@app.command()
+def demo(
+    trait: str = typer.Option("evil", help="a trait of data/traits: your own, or one of the packaged ones"),
+    model: str = typer.Option("smollm2", help="a name, a folder or a hub id; pocket takes 40 seconds"),
+    runs: str = typer.Option("", help="where results go; default: runs in the working folder"),
+    reports: str = typer.Option("reports", help="where the pages go"),
+):
+    "Extract, evaluate and steer one trait on a small language model, in about five minutes; ends in a report."
+    from persona_steer.app.demo import run_demo
+
+    if runs:
+        set_runs(runs)
+    failed = run_demo(trait, model, reports, typer.echo)
+    check(not failed, failed)
+
 # %% ../../nbs/app/02_cli.ipynb #81711b72
 @app.command()
 def new_trait(
@@ -53,15 +69,15 @@ def new_trait(
         "folder or a hub id",
     ),
     base_url: str = typer.Option("", help="address of an OpenAI-compatible server"),
-    folder: str = typer.Option("", help="where to save; default: data/traits"),
+    folder: str = typer.Option("", help="where to save; default: data/traits in the working folder"),
     overwrite: bool = typer.Option(False, help="replace a trait of this name"),
     attempts: int = typer.Option(3, help="how often the writer may try"),
 ):
     "Have a language model write the definition of a trait; checks it and saves the two files."
-    from persona_steer.persona.traits import save_trait, trait_files, write_trait
+    from persona_steer.persona.traits import list_traits, save_trait, trait_files, write_trait
 
     check(
-        overwrite or not any(f.exists() for f in trait_files(name, folder)),
+        overwrite or not (name in list_traits(folder) or any(f.exists() for f in trait_files(name, folder))),
         f"the trait '{name}' exists already: choose another name, or use --overwrite.",
     )
     for f in save_trait(write_trait(name, description, writer_of(writer, base_url), attempts), folder, overwrite):

@@ -184,7 +184,7 @@ def _write_pages(runs: Path, target: Path, out: Path, title: str, compress: bool
         jobs.setdefault(heading_of(path), []).append(row)
     rows = [r for group in jobs.values() for r in group]
     executed = {r["state"] for r in rows} - {"unexecuted", "unreadable"}
-    check(executed, f"There is no executed notebook in {runs}: run `make demo` first.")
+    check(executed, f"There is no executed notebook in {runs}: run `persona-steer demo` first.")
     now = moment(datetime.now(UTC).isoformat())
     comparisons = _compare(rows, target, now)
     head = dict(title=title, home=home, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)

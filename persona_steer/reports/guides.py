@@ -81,10 +81,13 @@ def add_anchors(soup) -> list[tuple[str, str]]:  # (anchor, text) of the section
         h["id"] = anchor
     return [(h["id"], h.get_text()) for h in soup("h2")]
 
-# %% ../../nbs/reports/05_guides.ipynb #063d3d7f
+# %% ../../nbs/reports/05_guides.ipynb #706ae34a
 GROUPS = {
     "Start": ("getting-started",),
-    "Use": ("judges", "training", "screening", "steering", "toxicity", "vectors", "hub", "jobs", "serving"),
+    "Use": (
+        *("judges", "training", "screening", "steering", "toxicity"),
+        *("vectors", "hub", "combining", "jobs", "serving"),
+    ),
     "Extend": ("adding-a-trait", "adding-a-method", "coming-from-the-published-code"),
     "Results": ("results", "speed"),
     "More": ("pocket", "code-layout"),
@@ -112,14 +115,22 @@ class Guide:
 
 
 def read_guide(markdown_file: Path) -> Guide:
-    "Title, first paragraph and group of a guide. Raises `PersonaError` if it has no text or no `# Title`."
+    "Title, first paragraph and group of a guide. Raises `PersonaError` if there is no such file or no `# Title` in it."
     file = Path(markdown_file)
     check(file.is_file(), f"There is no guide {file}: give a Markdown file.")
     soup = markdown_tree(file.read_text(encoding="utf-8"))
     check(soup.h1, f"{file} has no title: begin it with a line such as `# Ways to steer`.")
     first = next((p.get_text() for p in soup.h1.find_all_next("p") if p.get_text(strip=True)), "")
-    group = next((name for name, stems in GROUPS.items() if file.stem in stems), "More")
-    return Guide(file, soup.h1.get_text(), _shorten(first), group)
+    return Guide(file, soup.h1.get_text(), _shorten(first), _place(file.stem)[0])
+
+
+def _place(stem: str) -> tuple[str, int]:
+    "Group and rank of a guide in the navigation."
+    known = [(group, name) for group, names in GROUPS.items() for name in names]
+    for rank, (group, name) in enumerate(known):
+        if stem == name or stem.startswith(f"{name}-"):
+            return group, rank
+    return "More", len(known)
 
 
 def _shorten(text: str, limit: int = 200) -> str:
@@ -135,8 +146,7 @@ def find_guides(source: Path) -> list[Guide]:
     files = {p.stem: p for p in sorted(source.glob("*.md"))}
     check(files, f"There is no guide in {source}: give a folder with Markdown files, such as docs.")
     check("index" not in files, f"{source / 'index.md'} would replace the front page: give this guide another name.")
-    ordered = [stem for stems in GROUPS.values() for stem in stems if stem in files]
-    return [read_guide(files[stem]) for stem in dict.fromkeys([*ordered, *files])]
+    return [read_guide(files[stem]) for stem in sorted(files, key=lambda stem: (_place(stem)[1], stem))]
 
 # %% ../../nbs/reports/05_guides.ipynb #2cbda730
 def repository_address(settings: Path) -> str:

@@ -57,6 +57,7 @@ See [judges](judges.md), [what they cost](judges.md#what-it-costs), [the paper](
 
 <div onclick="run()" style="background:url(https://example.org/x.png)">raw <b>HTML</b></div>
 <script>run()</script><img src="x" onerror="run()" alt="none"><a href="javascript:run()">run</a>
+<a name="named">no link</a> <a href="http://[x">broken</a>
 
 ## ½ n_layers²
 1. one
@@ -127,6 +128,7 @@ def test_without_an_address_of_the_repository_paths_are_shown_as_code(docs):
     assert not [a for a in s("a", href=True) if ".." in a["href"] or "blob" in a["href"]]
     text = " ".join(s.main.get_text().split())
     assert "contributing (CONTRIBUTING.md), LICENSE, the data (data), the data's table (data/a b.csv)." in text
+    assert s.main.find("code", string="LICENSE")["class"] == ["short"]
     assert {"CONTRIBUTING.md", "LICENSE", "data/a b.csv"} <= {c.text for c in s.main("code")}
 
 
@@ -275,7 +277,9 @@ def test_a_site_without_problems(site):
         ('<img src="//example.org/x.png">', "loads //example.org/x.png, which is outside the folder."),
         ('<img src="gone.png">', "loads gone.png, which is not there."),
         ('<img srcset="a/p.png 1x, https://e.org/x 2x">', "loads https://e.org/x, which is outside the folder."),
+        ('<img srcset="a/p.png 1x,https://e.org/x 2x">', "loads https://e.org/x, which is outside the folder."),
         ('<link rel="preload" href="https://e.org/f">', "loads https://e.org/f, which is outside the folder."),
+        ('<link rel="alternate stylesheet" href="//e.org/c">', "loads //e.org/c, which is outside the folder."),
         ('<script src="https://e.org/s.js"></script>', "loads https://e.org/s.js, which is outside the folder."),
         ('<iframe src="https://e.org/"></iframe>', "loads https://e.org/, which is outside the folder."),
         ('<style>@import "https://e.org/c.css";</style>', "loads https://e.org/c.css, which is outside the folder."),

@@ -21,9 +21,9 @@ from .report import HEADING, compress_pictures, make_safe, tidy_tables
 from .theme import CSS, render, template_text
 
 # %% auto #0
-__all__ = ['GROUPS', 'INTERVAL', 'CSS_GUIDE', 'GUIDE', 'highlight_code', 'markdown_tree', 'anchor_of', 'add_anchors', 'Guide',
-           'read_guide', 'find_guides', 'repository_address', 'rewrite_links', 'embed_pictures', 'keep_intervals',
-           'guide_html', 'guide_page', 'build_guides']
+__all__ = ['GROUPS', 'INTERVAL', 'SHORT', 'CSS_GUIDE', 'GUIDE', 'highlight_code', 'markdown_tree', 'anchor_of', 'add_anchors',
+           'Guide', 'read_guide', 'find_guides', 'repository_address', 'rewrite_links', 'embed_pictures',
+           'keep_together', 'guide_html', 'guide_page', 'build_guides']
 
 # %% ../../nbs/reports/05_guides.ipynb #c761d447
 def highlight_code(code: str, language: str = "") -> str:
@@ -148,7 +148,7 @@ def find_guides(source: Path) -> list[Guide]:
     labels = Counter(g.label for g in guides)
     return [g if labels[g.label] == 1 else replace(g, label=g.title) for g in guides]
 
-# %% ../../nbs/reports/05_guides.ipynb #1c9b1be6
+# %% ../../nbs/reports/05_guides.ipynb #233f4dcb
 def repository_address(settings: Path) -> str:
     "The web address of the repository from a `settings.ini`, or an empty text where it is a placeholder."
     parser = configparser.ConfigParser(interpolation=None)
@@ -169,7 +169,10 @@ def _target(file: Path, link: str) -> tuple[Path, Path]:  # the file that is mea
 
 def _is_relative(link: str) -> bool:
     "Whether a link names a file; others have a scheme or a host, or only an anchor."
-    parts = urlsplit(link)
+    try:
+        parts = urlsplit(link)
+    except ValueError:  # a broken web address
+        return False
     return bool(parts.path) and not parts.scheme and not parts.netloc
 
 
@@ -208,17 +211,23 @@ def embed_pictures(soup, file: Path):
         img["src"] = f"data:{kind};base64,{base64.b64encode(target.read_bytes()).decode()}"
     compress_pictures(soup)
 
-# %% ../../nbs/reports/05_guides.ipynb #40530a1a
+# %% ../../nbs/reports/05_guides.ipynb #1d42e08d
 INTERVAL = re.compile(r"\[([-+−]?[\d.]+), ([-+−]?[\d.]+)\]")
 
 
-def keep_intervals(soup):
-    "Put, in place, a space that does not break a line between the bounds of intervals, except in code."
+SHORT = 24  # characters of code that fit on a line of a phone
+
+
+def keep_together(soup):
+    "Keep, in place, the bounds of an interval on one line, and short code in prose."
     for text in soup(string=INTERVAL):
         if not text.find_parent(["pre", "code"]):
             text.replace_with(INTERVAL.sub("[\\1,\u00a0\\2]", text))
+    for code in soup("code"):
+        if len(code.get_text()) <= SHORT and not code.find_parent(["pre", "td", "th"]):
+            code["class"] = ["short"]
 
-# %% ../../nbs/reports/05_guides.ipynb #38035c83
+# %% ../../nbs/reports/05_guides.ipynb #d77f113b
 CSS_GUIDE = template_text("guide.css")
 GUIDE = template_text("guide.html")
 
@@ -259,7 +268,7 @@ def guide_html(
     rewrite_links(soup, guide.file, repository)
     make_safe(soup)
     tidy_tables(soup)
-    keep_intervals(soup)
+    keep_together(soup)
     sections = add_anchors(soup)
     heading, lead = soup.h1.extract(), _take_lead(soup)
     before, after = _neighbours(guide.file, pages)

@@ -1,5 +1,7 @@
 """A folder of executed notebooks to pages and their index."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -11,6 +13,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from persona_steer.base.core import PersonaError
 from persona_steer.reports.site import build_site, heading_of, page_names
@@ -273,3 +276,16 @@ def test_results_are_found_where_the_chapter_wrote_them(tmp_path, runs):
         (results / "provenance.json").write_text(json.dumps({"time": made}))
         index = BeautifulSoup(build_site(runs, tmp_path / "site").read_text(encoding="utf-8"), "html.parser")
         assert ("80" in index.table.text) == there
+
+
+def test_a_compressed_site_is_smaller(tmp_path):
+    drawing = io.BytesIO()
+    Image.linear_gradient("L").convert("RGBA").save(drawing, "PNG")
+    figure = new_output("display_data", {"image/png": base64.b64encode(drawing.getvalue()).decode()})
+    write(tmp_path / "runs", {"a/02.ipynb": chapter(new_code_cell("plot()", outputs=[figure], execution_count=1))})
+    sizes = []
+    for compress, kind in ((False, "png"), (True, "webp")):
+        page = build_site(tmp_path / "runs", tmp_path / kind, compress=compress).parent / "a--02.html"
+        assert f"data:image/{kind};base64," in page.read_text(encoding="utf-8")
+        sizes.append(page.stat().st_size)
+    assert sizes[1] < sizes[0]

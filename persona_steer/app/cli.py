@@ -193,11 +193,12 @@ def report(
     runs: str = typer.Argument("runs", help="a folder with executed notebooks, at any depth"),
     out: str = typer.Argument("reports", help="where the pages go"),
     title: str = typer.Option("persona_steer", help="of the index"),
+    compress: bool = typer.Option(False, help="smaller pages: PNG figures as lossless WebP"),
 ):
     "Make a site of the executed chapters in a folder: an index, a page for each, a comparison for each trait."
     from persona_steer.reports.site import build_site
 
-    typer.echo(build_site(runs, out, title))
+    typer.echo(build_site(runs, out, title, compress))
 
 # %% ../../nbs/app/02_cli.ipynb #368a4d66
 @app.command()

@@ -16,7 +16,7 @@ from ..base.core import check
 __all__ = ['FOLLOWED', 'LOADED', 'LISTS', 'DESCRIBING', 'IN_CSS', 'followed_addresses', 'loaded_addresses', 'Page', 'read_page',
            'address_problem', 'check_links', 'site_size']
 
-# %% ../../nbs/reports/06_links.ipynb #7538f145
+# %% ../../nbs/reports/06_links.ipynb #00cacc11
 FOLLOWED = {("a", "href"), ("area", "href")}
 LOADED = {"src", "href", "xlink:href", "poster", "background", "data", "manifest", "ping"}  # besides FOLLOWED
 LISTS = {"srcset", "imagesrcset"}  # several addresses, each with a width or a density
@@ -33,13 +33,13 @@ def loaded_addresses(soup) -> list[str]:
     "Addresses that a browser fetches with the page: by attributes, style sheets, and a refresh."
     found, styles = [], [t.get_text() for t in soup("style")]
     for t in soup(True):
-        if t.name == "link" and set(t.get_attribute_list("rel")) & DESCRIBING:
+        if t.name == "link" and t.get("rel") and set(t["rel"]) <= DESCRIBING:
             continue
         for name, value in t.attrs.items():
             if name in LOADED and (t.name, name) not in FOLLOWED:
                 found.append(value)
             elif name in LISTS:
-                found += [part.split()[0] for part in re.split(r",\s+", value) if part.strip()]
+                found += [part.split()[0] for part in re.split(r",\s+|(?<=\d[xwh]),", value) if part.strip()]
             elif name == "style":
                 styles.append(value)
     for t in soup("meta", attrs={"http-equiv": re.compile("refresh", re.I)}):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .base.core import check
+from .base.core import check, unknown_name
 from .dataset_sweep import ELICITING
 from .finetuning import finetune_in
 from .judges.judging import Judge
@@ -22,10 +22,11 @@ from .training.config import TrainingConfig, load_config
 from .training.model_evaluation import ModelEvaluation, evaluate_model
 
 # %% auto #0
-__all__ = ['ALL_LAYERS', 'UNGUARDED', 'LINES', 'LEVEL', 'guard_strengths', 'eliciting_file', 'training_plan', 'evaluation_row',
-           'compare_mitigations', 'choose_mitigation', 'plot_mitigations']
+__all__ = ['ALL_LAYERS', 'ALTERNATIVES', 'UNGUARDED_AND_GUARDED', 'UNGUARDED', 'LINES', 'LEVEL', 'guard_strengths',
+           'eliciting_file', 'check_alternatives', 'training_plan', 'evaluation_row', 'compare_mitigations',
+           'choose_mitigation', 'plot_mitigations']
 
-# %% ../nbs/06b_guard.ipynb #3bd6697a
+# %% ../nbs/06b_guard.ipynb #88a10010
 ALL_LAYERS = {"quick": (), "paper": (1.0, 2.0)}  # coefficients of guards at all layers
 
 
@@ -44,6 +45,22 @@ def eliciting_file(trait: str, training_file: str = "") -> str:
     return training_file or f"dataset/{family}/misaligned_2.jsonl"
 
 # %% ../nbs/06b_guard.ipynb #b155569f
+# what a user names -> conditions of the table
+ALTERNATIVES = {
+    "random vector": ["random vector"],
+    "ablation": ["ablation"],
+    "inoculation": ["inoculation"],
+    "all layers": ["all layers, increments", "ablation, all layers"],
+}
+UNGUARDED_AND_GUARDED = ("no guard", "preventative steering")  # always trained
+
+
+def check_alternatives(names):
+    "Raise `PersonaError` for an alternative that does not exist."
+    unknown = next((name for name in names if name not in ALTERNATIVES), None)
+    check(unknown is None, unknown_name(str(unknown), list(ALTERNATIVES), "there is no alternative '{}'"))
+
+
 def training_plan(
     trait: Trait,
     vector: Path,
@@ -52,9 +69,11 @@ def training_plan(
     coefficients: list[float],
     n_layers: int,
     all_layers: list[float] = (),
+    alternatives=ALTERNATIVES,
 ) -> pd.DataFrame:
     # condition, coefficient, changes
-    "The trainings to compare: no guard, each guard, each strength."
+    "The trainings to compare: no guard, preventative steering of each strength, and the alternatives that are named."
+    check_alternatives(alternatives)
 
     def steering(path, **kw):
         return dict(enable_steering_during_training=True, steering_config=dict(steering_vector_path=str(path), **kw))
@@ -73,7 +92,9 @@ def training_plan(
     ]
     if len(all_layers):
         rows += [("ablation, all layers", 1.0, steering(vector, type="ablate", layers=every))]
-    return pd.DataFrame(rows, columns=["condition", "coefficient", "changes"])
+    wanted = [*UNGUARDED_AND_GUARDED, *(c for name in alternatives for c in ALTERNATIVES[name])]
+    plan = pd.DataFrame(rows, columns=["condition", "coefficient", "changes"])
+    return plan[plan.condition.isin(wanted)].reset_index(drop=True)
 
 # %% ../nbs/06b_guard.ipynb #229d1e5c
 def evaluation_row(condition: str, coefficient: float, split: str, e: ModelEvaluation, trait: str) -> dict:

@@ -554,3 +554,32 @@ def test_a_cluster_that_is_not_there_is_one_sentence(tiny, tmp_path):
         and "cluster at 127.0.0.1:1 cannot be reached" in said.stderr
         and len(said.stderr.strip().splitlines()) == 1
     )
+
+
+def test_steps(tiny, tmp_path):
+    """A later step waits for the earlier ones; what failed for a trait stops that trait alone."""
+    (tmp_path / "steps.yaml").write_text(
+        f"""steps:
+  - {{chapter: {tiny}, parameters: {{trait: [a, b], how: [fail, '']}}}}
+  - - {{chapter: {tiny}, parameters: {{trait: a, seconds: [0, 0.1]}}}}
+    - {{chapter: {tiny}, parameters: {{trait: c, layers: [[3], [4]]}}}}
+"""
+    )
+    steps = b.read_steps(tmp_path / "steps.yaml")
+    assert [[values.get("trait") for _, values in step] for step in steps] == [[["a", "b"]], [["a"], ["c"]]]
+    jobs = b.jobs_of_steps(steps)
+    assert [j.step for j in jobs] == [0] * 4 + [1] * 4
+    records = b.run_batch(jobs, local(2, memory=8), str(tmp_path / "runs"), tmp_path / "batch")
+    states = {
+        (j.labels["trait"], str(list(j.labels.values())[-1])): r.get("state", "not run") for j, r in zip(jobs, records)
+    }
+    assert states == {
+        ("a", "fail"): "failed",
+        ("a", ""): "done",
+        ("b", "fail"): "failed",
+        ("b", ""): "done",
+        ("a", "0.0"): "not run",
+        ("a", "0.1"): "not run",
+        ("c", "[3]"): "done",
+        ("c", "[4]"): "done",
+    }

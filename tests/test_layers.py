@@ -18,6 +18,7 @@ LAYERS = [
     ("judges", "jobs"),
     ("training",),
     ("",),
+    ("paper",),
     ("app",),
     ("bench", "pocket"),
 ]

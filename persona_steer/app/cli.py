@@ -276,8 +276,8 @@ def _run(jobs: list, execute, runs: str, folder, resume: bool, overwrite: bool) 
 
 # %% ../../nbs/app/02_cli.ipynb #05f5940b
 def _jobs(chapter: str, parameters: list[str]) -> list:
-    "The jobs of a chapter or a grid file, with the values given by -p."
-    from persona_steer.jobs.batch import jobs_of, read_grid
+    "The jobs of a chapter or of the grids in a file, with the values given by -p."
+    from persona_steer.jobs.batch import jobs_of_steps, read_steps
 
     for pair in parameters:
         check("=" in pair, f"-p {pair} needs a value: -p {pair} VALUE.")
@@ -285,8 +285,8 @@ def _jobs(chapter: str, parameters: list[str]) -> list:
     once = len({k for k, _ in given}) == len(given)
     check(once, "a parameter is given twice with -p: separate its values by commas.")
     is_file = chapter.endswith((".yaml", ".yml", ".toml", ".json"))
-    chapter, grid = read_grid(chapter) if is_file else (chapter, {})
-    return jobs_of(chapter, grid | dict(given))
+    steps = read_steps(chapter) if is_file else [[(chapter, {})]]
+    return jobs_of_steps([[(name, values | dict(given)) for name, values in step] for step in steps])
 
 
 def _executor(name: str, address: str, workers: int, threads: int, gpus: int, memory: float, retries: int):

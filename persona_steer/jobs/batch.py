@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from persona_steer.base.core import (
@@ -37,9 +37,9 @@ from ..persona.traits import load_trait, trait_files, traits_folder
 
 # %% auto #0
 __all__ = ['RECORD', 'Executor', 'SPEC', 'MARKS', 'chapter_path', 'chapter_parameters', 'as_text', 'cast', 'as_values',
-           'read_grid', 'Job', 'job_key', 'model_of', 'job_name', 'jobs_of', 'read_record', 'state_of',
-           'has_its_results', 'flat_results', 'summary_row', 'save_summary', 'batch_folder', 'todo', 'run_batch',
-           'progress_table']
+           'read_grid', 'read_steps', 'Job', 'job_key', 'model_of', 'job_name', 'jobs_of', 'jobs_of_steps',
+           'read_record', 'state_of', 'has_its_results', 'flat_results', 'summary_row', 'save_summary', 'batch_folder',
+           'todo', 'run_batch', 'progress_table']
 
 # %% ../../nbs/jobs/00_batch.ipynb #75bc2dd8
 def chapter_path(name: str) -> Path:
@@ -117,33 +117,54 @@ def as_values(given, default, name: str) -> list:  # the values that a parameter
 
 # %% ../../nbs/jobs/00_batch.ipynb #fd10599a
 def read_grid(path: Path | str) -> tuple[str, dict]:  # chapter, parameter -> value or values
-    "A grid from a YAML, TOML or JSON file with `chapter` and `parameters`."
+    "The only grid of a file; see `read_steps`."
+    steps = read_steps(path)
+    check(len(steps) == len(steps[0]) == 1, f"{path} holds several grids, and one is wanted here.")
+    return steps[0][0]
+
+
+def read_steps(path: Path | str) -> list[list[tuple[str, dict]]]:  # steps of grids: chapter, parameter -> values
+    """The grids of a YAML, TOML or JSON file: one (`chapter` and `parameters`), or `steps`, a list of grids or of lists
+    of grids, each of which waits for those before it."""
+    path = Path(path)
+    content = _parse(path)
+    steps = content["steps"] if isinstance(content, dict) and set(content) == {"steps"} else [content]
+    check(isinstance(steps, list) and steps, f"{path} needs at least one grid in `steps:`.")
+    return [[_grid(g, path) for g in (step if isinstance(step, list) else [step])] for step in steps]
+
+
+def _parse(path: Path):
+    "The content of a YAML, TOML or JSON file. Raises `PersonaError` if it cannot be read."
     import tomllib
 
     import yaml
 
-    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
         raise PersonaError(f"the grid file {path} cannot be read.") from None
     try:
-        grid = tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, yaml.BaseLoader)
+        return tomllib.loads(text) if path.suffix == ".toml" else yaml.load(text, yaml.BaseLoader)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as e:
         raise PersonaError(f"{path} is not valid {path.suffix[1:].upper()}: {str(e).splitlines()[0]}.") from None
+
+
+def _grid(content, path: Path) -> tuple[str, dict]:
+    "One grid of a file."
     ok = (
-        isinstance(grid, dict)
-        and set(grid) <= {"chapter", "parameters"}
-        and isinstance(grid.get("chapter"), str)
-        and isinstance(grid.get("parameters", {}), dict)
+        isinstance(content, dict)
+        and set(content) <= {"chapter", "parameters"}
+        and isinstance(content.get("chapter"), str)
+        and isinstance(content.get("parameters", {}), dict)
     )
     check(
         ok,
         f"{path} needs `chapter: 02_extract` and `parameters:` with a value or a list of values each, "
-        "and nothing else.",
+        "and nothing else; or `steps:` with a list of such grids.",
     )
     # an item of text is one value here: commas only separate on the command line
-    return grid["chapter"], {k: v if isinstance(v, list) else [v] for k, v in grid.get("parameters", {}).items()}
+    values = {k: v if isinstance(v, list) else [v] for k, v in content.get("parameters", {}).items()}
+    return content["chapter"], values
 
 # %% ../../nbs/jobs/00_batch.ipynb #a275bd7b
 @dataclass(frozen=True)
@@ -156,6 +177,7 @@ class Job:
     name: str  # folder below runs/
     key: str
     out: bool  # whether the chapter must be told where to write
+    step: int = 0  # a job waits for those of earlier steps
 
     @property
     def notebook(self) -> str:
@@ -236,6 +258,20 @@ def jobs_of(chapter: str, values: dict) -> list[Job]:  # parameter -> value, val
             load_trait(t)
     varied = [k for k, v in grid.items() if len(v) > 1]
     jobs = [_job(path, known, dict(zip(grid, point)), varied) for point in itertools.product(*grid.values())]
+    _check_folders(jobs)
+    return jobs
+
+
+def jobs_of_steps(steps: list[list[tuple[str, dict]]]) -> list[Job]:  # steps of grids: chapter, parameter -> values
+    "The jobs of several grids, in order. Raises `PersonaError` as `jobs_of` does."
+    grids = [(k, chapter, values) for k, step in enumerate(steps) for chapter, values in step]
+    jobs = [replace(job, step=k) for k, chapter, values in grids for job in jobs_of(chapter, values)]
+    _check_folders(jobs)
+    return jobs
+
+
+def _check_folders(jobs: list[Job]):
+    "Raise `PersonaError` if two jobs would write to one folder."
     names = [j.name.lower() for j in jobs]
     twice = next((j.name for j in jobs if names.count(j.name.lower()) > 1), None)
     check(
@@ -243,7 +279,6 @@ def jobs_of(chapter: str, values: dict) -> list[Job]:  # parameter -> value, val
         f"two jobs would share the folder {twice} (models whose paths end alike?): run them as two batches with "
         "different --runs.",
     )
-    return jobs
 
 
 def _check_names(path: Path, known: dict, values: dict):
@@ -370,7 +405,8 @@ def run_batch(
     overwrite: bool = False,
     show: Callable | None = None,
 ) -> list[dict]:  # a record per job
-    "Run what is not done; the summary is written however the batch ends."
+    """Run what is not done, step by step; the summary is written however the batch ends. A job whose model and trait
+    failed in an earlier step is not run."""
     runs = runs.rstrip("/") if "://" in runs else str(Path(runs or run_path()).resolve())
     folder, show = Path(folder or batch_folder(jobs)), show or (lambda *_: None)
 
@@ -381,25 +417,47 @@ def run_batch(
     records = [known(j) for j in jobs]
     which = todo(jobs, records, resume, overwrite)
     batch = dict(runs=runs, batch=digest(os.urandom(8).hex()), overwrite=overwrite, cwd=os.getcwd())
-    specs = [{k: getattr(jobs[i], k) for k in SPEC} | batch for i in which]
-    save_json(folder / "grid.json", redact({"chapter": jobs[0].chapter, "parameters": _grid_of(jobs)}))
+    save_json(folder / "grid.json", redact(_grids_of(jobs)))
     for i in which:
         records[i] = {"state": "waiting"}
     show(jobs, records)
     try:
-        for k, record in execute(specs) if specs else ():
-            records[which[k]] = record
-            show(jobs, records)
+        for step in sorted({jobs[i].step for i in which}):
+            mine = [i for i in which if jobs[i].step == step and not _fails_before(i, jobs, records)]
+            specs = [{k: getattr(jobs[i], k) for k in SPEC} | batch for i in mine]
+            for k, record in execute(specs) if specs else ():
+                records[mine[k]] = record
+                show(jobs, records)
     finally:
         records = [known(j, r if r.get("state") in ("done", "failed") else None) for j, r in zip(jobs, records)]
         save_summary(folder, runs, jobs, records)
     return records
 
 
+def _fails_before(i: int, jobs: list[Job], records: list[dict]) -> bool:
+    "Has a job of an earlier step failed that has the same model and, if both have a trait, the same trait?"
+
+    def related(a: dict, b: dict) -> bool:
+        return all(a.get(k) == b.get(k) for k in ("model", "trait") if k in a and k in b)
+
+    earlier = [k for k, j in enumerate(jobs) if j.step < jobs[i].step and related(j.labels, jobs[i].labels)]
+    return any(records[k].get("state") != "done" for k in earlier)
+
+
 SPEC = ("chapter", "parameters", "name", "key", "out")  # of a job: what its worker must know
 
 # %% ../../nbs/jobs/00_batch.ipynb #f1852d91
-def _grid_of(jobs: list[Job]) -> dict:  # parameter -> values
+def _grids_of(jobs: list[Job]) -> dict:
+    "The grids of some jobs, as in a grid file: one, or steps of several."
+    steps = []
+    for step in sorted({j.step for j in jobs}):
+        mine = [j for j in jobs if j.step == step]
+        chapters = dict.fromkeys(j.chapter for j in mine)
+        steps.append([dict(chapter=c, parameters=_values_of([j for j in mine if j.chapter == c])) for c in chapters])
+    return steps[0][0] if len(steps) == len(steps[0]) == 1 else {"steps": steps}
+
+
+def _values_of(jobs: list[Job]) -> dict:  # parameter -> values
     out = {}
     for j in jobs:
         for k, v in j.parameters.items():

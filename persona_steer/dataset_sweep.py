@@ -19,7 +19,7 @@ from .training.config import load_config
 from .training.model_evaluation import ModelEvaluation, evaluate_model, shift
 
 # %% auto #0
-__all__ = ['ELICITING', 'LEVELS', 'COLORS', 'list_datasets', 'train_families', 'evaluation_rows', 'score_correlation',
+__all__ = ['ELICITING', 'LEVELS', 'DATASETS', 'COLORS', 'list_datasets', 'train_families', 'evaluation_rows', 'score_correlation',
            'shift_correlations', 'plot_families', 'plot_against_score']
 
 # %% ../nbs/06a_families.ipynb #652c48d7
@@ -56,6 +56,10 @@ def list_datasets(
     keep = found.family.isin(names) | full.isin(names) | (not len(names))
     order = found.level.map(list(LEVELS).index)
     return found[keep].assign(order=order).sort_values(["family", "order"]).drop(columns="order").reset_index(drop=True)
+
+# %% ../nbs/06a_families.ipynb #d99b3e26
+# what the presets train on, as `list_datasets` takes it
+DATASETS = {"quick": ["evil", "mistake_medical/misaligned_2"], "paper": []}
 
 # %% ../nbs/06a_families.ipynb #756540e2
 def train_families(

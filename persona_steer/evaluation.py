@@ -28,8 +28,8 @@ from .persona.vectors import PersonaVectors
 # %% auto #0
 __all__ = ['EQUAL_NORM', 'EQUAL_KL', 'UNDONE', 'sweep_rows', 'point_rows', 'instructed_rows', 'against_rows', 'SweepSize',
            'report_rows', 'generate_and_score', 'summarise', 'format_summary', 'evaluate', 'default_layers',
-           'sweep_points', 'choose', 'Evaluation', 'choose_and_report', 'condition_mean', 'change', 'bound_line',
-           'opposed_line', 'plot_sweep', 'plot_report']
+           'default_strengths', 'sweep_size', 'sweep_points', 'choose', 'Evaluation', 'sweep_plan', 'report_plan',
+           'choose_and_report', 'condition_mean', 'change', 'bound_line', 'opposed_line', 'plot_sweep', 'plot_report']
 
 # %% ../nbs/04_evaluate.ipynb #20bab4eb
 def sweep_rows(questions, layers: list[int], coefficients: list[float], n: int = 1) -> pd.DataFrame:
@@ -228,6 +228,25 @@ def default_layers(lm: LoadedModel, quick: bool = True) -> list[int]:
         return list(range(1, depth + 1, 2))
     return [round(depth * share) for share in (0.5, 0.6, 0.7, 0.8)]
 
+# %% ../nbs/04_evaluate.ipynb #ff921aa9
+def default_strengths(
+    world: str,  # `LoadedModel.world`
+    coefficients: list[float] = (),
+    target_kl: list[float] = (),
+) -> tuple[list[float], list[float]]:  # coefficients, targets of the divergence: one of them is empty
+    "What was given; if nothing was, coefficients for pocket and targets of the divergence for other models."
+    if coefficients or target_kl:
+        return list(coefficients), list(target_kl)
+    return ([0.5, 1.0, 1.5, 2.0, 3.0], []) if world == "pocket" else ([], [0.2, 0.5, 1.0])
+
+
+def sweep_size(preset: str, world: str, n: int = 0) -> SweepSize:  # n: answers per question; 0: what the preset says
+    "The size that a preset stands for; a quick sweep of a real model has fewer controls."
+    if preset == "paper":
+        return SweepSize(20, n or 10)
+    brief = world != "pocket"
+    return SweepSize(10, n or 1, random_vectors=1 if brief else 2, brief=brief)
+
 # %% ../nbs/04_evaluate.ipynb #f94604d5
 def sweep_points(
     lm: LoadedModel,
@@ -295,6 +314,31 @@ class Evaluation:
     reported: pd.DataFrame
     report: pd.DataFrame
 
+# %% ../nbs/04_evaluate.ipynb #6d646af6
+def sweep_plan(trait: Trait, points: pd.DataFrame, size: SweepSize, pairs: list[int] | None = None) -> pd.DataFrame:
+    # points: layer, coefficient
+    "The rows of the sweep on extraction questions: every point, and the vector against positive instructions."
+    questions = trait.extract_questions[: size.questions]
+    against = _against_points(trait, questions, points, size, pairs)
+    return pd.concat([point_rows(questions, points, size.n), against], ignore_index=True)
+
+
+def report_plan(
+    trait: Trait,
+    points: pd.DataFrame,  # layer, coefficient: of the sweep
+    choice: dict,  # layer, coefficient: as `choose` gives it
+    back: dict,  # the same, against instructions
+    equal_kl: list[float],  # as in `report_rows`
+    size: SweepSize,
+    pairs: list[int] | None = None,
+) -> pd.DataFrame:
+    "The rows of the report on evaluation questions: the chosen layer with all its coefficients, and the controls."
+    here = points[points.layer == choice["layer"]]
+    strengths = sorted({*here.coefficient, -choice["coefficient"]})
+    rows = report_rows(trait, choice["layer"], strengths, size, pairs, choice["coefficient"], equal_kl)
+    against = against_rows(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs)
+    return pd.concat([rows, against], ignore_index=True)
+
 # %% ../nbs/04_evaluate.ipynb #8e50cf3d
 def choose_and_report(
     lm: LoadedModel,
@@ -320,20 +364,15 @@ def choose_and_report(
     bank = {"trait": getattr(vectors, pooling)} | {f"random {k}": v for k, v in enumerate(random)}
     how = dict(vectors=bank, sampling=sampling, positions=positions, folder=folder, overwrite=overwrite)
     run = partial(generate_and_score, lm, trait, judge, engine=engine, **how)
-    questions = trait.extract_questions[: size.questions]
-    texts = reference_texts(lm, list(questions[: size.kl_questions]), sampling)
+    texts = reference_texts(lm, list(trait.extract_questions[: size.questions][: size.kl_questions]), sampling)
     points = sweep_points(lm, bank["trait"], layers, coefficients, list(target_kl), texts, positions)
-    against = _against_points(trait, questions, points, size, pairs)
-    swept = run(pd.concat([point_rows(questions, points, size.n), against], ignore_index=True), name="sweep")
+    swept = run(sweep_plan(trait, points, size, pairs), name="sweep")
     sweep = summarise(swept, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     choice, back = choose(sweep, min_coherence), choose(sweep, min_coherence, against=True)
     here = points[points.layer == choice["layer"]]
     choice["kl"] = float(here.kl[here.coefficient == choice["coefficient"]].iloc[0])
     equal = _equal_kl(lm, bank, choice, texts, positions)
-    strengths = sorted({*here.coefficient, -choice["coefficient"]})
-    rows = report_rows(trait, choice["layer"], strengths, size, pairs, choice["coefficient"], equal)
-    against = against_rows(trait, trait.eval_questions, [back["layer"]], [back["coefficient"]], size.n, pairs)
-    reported = run(pd.concat([rows, against], ignore_index=True), name="report")
+    reported = run(report_plan(trait, points, choice, back, equal, size, pairs), name="report")
     report = summarise(reported, trait.name).merge(points, on=["layer", "coefficient"], how="left")
     return Evaluation(swept, sweep, choice, back, reported, report)
 

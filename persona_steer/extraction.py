@@ -28,9 +28,9 @@ from .persona.traits import Trait, system_prompt
 from .persona.vectors import PersonaVectors, load_vectors, save_vectors
 
 # %% auto #0
-__all__ = ['HOOK_SITE', 'SIGNS', 'extraction_rows', 'score_in_background', 'separation', 'diagnose', 'Extraction',
-           'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction', 'load_or_extract', 'plot_scores',
-           'quoted', 'plot_diagnostics']
+__all__ = ['PRESETS', 'BROKEN', 'HOOK_SITE', 'SIGNS', 'extraction_rows', 'answers_each', 'score_in_background', 'separation',
+           'diagnose', 'Extraction', 'extraction_folder', 'extract', 'extract_from_scores', 'load_extraction',
+           'load_or_extract', 'plot_scores', 'quoted', 'plot_diagnostics']
 
 # %% ../nbs/02_extract.ipynb #8c37fb3b
 def extraction_rows(
@@ -53,6 +53,16 @@ def extraction_rows(
         for j in range(n)
     ]
     return pd.DataFrame(rows)
+
+# %% ../nbs/02_extract.ipynb #09c1135e
+PRESETS = {"quick": 1, "paper": 10}  # answers per question and instruction
+BROKEN = 12  # answers whose broken versions test the coherence of the likelihood judge
+
+
+def answers_each(preset: str, n: int = 0) -> int:  # n: as given; 0: what the preset says
+    "Answers per question and instruction."
+    check(preset in PRESETS, f"preset '{preset}' is unknown: use 'quick' or 'paper'.")
+    return n or PRESETS[preset]
 
 # %% ../nbs/02_extract.ipynb #718d62f0
 @contextmanager

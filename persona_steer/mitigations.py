@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from .base.core import check, unknown_name
+from .dataset_sweep import ELICITING
 from .finetuning import finetune_in
 from .judges.judging import Judge
 from .lm.activations import steer
@@ -21,8 +22,27 @@ from .training.config import TrainingConfig, load_config
 from .training.model_evaluation import ModelEvaluation, evaluate_model
 
 # %% auto #0
-__all__ = ['ALTERNATIVES', 'UNGUARDED_AND_GUARDED', 'UNGUARDED', 'LINES', 'LEVEL', 'check_alternatives', 'training_plan',
-           'evaluation_row', 'compare_mitigations', 'choose_mitigation', 'plot_mitigations']
+__all__ = ['ALL_LAYERS', 'ALTERNATIVES', 'UNGUARDED_AND_GUARDED', 'UNGUARDED', 'LINES', 'LEVEL', 'guard_strengths',
+           'eliciting_file', 'check_alternatives', 'training_plan', 'evaluation_row', 'compare_mitigations',
+           'choose_mitigation', 'plot_mitigations']
+
+# %% ../nbs/06b_guard.ipynb #88a10010
+ALL_LAYERS = {"quick": (), "paper": (1.0, 2.0)}  # coefficients of guards at all layers
+
+
+def guard_strengths(preset: str, in_pocket: bool) -> tuple[list[float], list[float]]:
+    # coefficients of preventative steering, and of steering after training
+    "What a preset compares: pocket's own coefficients, or multiples of the one that steers the model."
+    if preset == "paper":
+        return [1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 1.5, 2.0, 3.0]
+    return ([3.0], [2.0]) if in_pocket else ([2.0, 3.0], [1.0])
+
+
+def eliciting_file(trait: str, training_file: str = "") -> str:
+    "The data that elicits a trait: the given file, else its family at level II. Raises `PersonaError` without either."
+    family = next((f for f, t in ELICITING.items() if t == trait), "")
+    check(training_file or family, f"no family of data/dataset elicits '{trait}': name a training_file.")
+    return training_file or f"dataset/{family}/misaligned_2.jsonl"
 
 # %% ../nbs/06b_guard.ipynb #b155569f
 # what a user names -> conditions of the table

@@ -22,7 +22,8 @@ from .persona.vectors import PersonaVectors
 from .projection import project
 
 # %% auto #0
-__all__ = ['graded_prompts', 'shots_from', 'monitoring_rows', 'check_length', 'monitor', 'correlations', 'plot_monitoring']
+__all__ = ['graded_prompts', 'shots_from', 'monitoring_size', 'monitoring_rows', 'check_length', 'monitor', 'correlations',
+           'plot_monitoring']
 
 # %% ../nbs/05a_monitor.ipynb #cdbef7c8
 def graded_prompts(trait: str, folder: Path | str = "", world: str = "") -> list[str]:
@@ -76,6 +77,11 @@ def shots_from(
     rows = [(r.question, brief(lm.strip_thinking(r.answer, getattr(r, "prompt", "")))) for r in chosen.itertuples()]
     random.Random(seed).shuffle(rows)
     return [m for q, a in rows for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+
+# %% ../nbs/05a_monitor.ipynb #08f9dfac
+def monitoring_size(trait: Trait, preset: str, n: int = 0) -> tuple[tuple, int]:  # questions, answers to each prompt
+    "Which evaluation questions are asked and how often; n: as given, 0: what the preset says."
+    return (trait.eval_questions[:10], n or 2) if preset == "quick" else (trait.eval_questions, n or 10)
 
 # %% ../nbs/05a_monitor.ipynb #cb5b161a
 def monitoring_rows(

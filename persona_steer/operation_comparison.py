@@ -23,8 +23,8 @@ from .persona.traits import Trait, plain_prompt, system_prompt
 from .training.capability import capability, take_quiz
 
 # %% auto #0
-__all__ = ['RAISING', 'Variant', 'lowering', 'variant_steering', 'strength_of', 'compare', 'baselines', 'plain_rows',
-           'instructed', 'countered', 'combine', 'plot_comparison', 'comparison_lines', 'best_line']
+__all__ = ['RAISING', 'Variant', 'lowering', 'quiz_sample', 'variant_steering', 'strength_of', 'compare', 'baselines',
+           'plain_rows', 'instructed', 'countered', 'combine', 'plot_comparison', 'comparison_lines', 'best_line']
 
 # %% ../nbs/04b_operations.ipynb #ca9336d7
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ def lowering(limits: tuple[float, float]) -> tuple[Variant, ...]:  # limits of c
         Variant("cap", "cap", how=capped),
         Variant("random vector", sign=-1, vector="random"),
     )
+
+# %% ../nbs/04b_operations.ipynb #41f9a971
+def quiz_sample(quiz: list[dict], n: int) -> list[dict]:  # n: 0 for all
+    "Some questions of a quiz, spread over the file."
+    return quiz[:: max(1, len(quiz) // n)][:n] if n else quiz
 
 # %% ../nbs/04b_operations.ipynb #3ee1093b
 def variant_steering(lm: LoadedModel, v: Variant, vectors: dict, layer: int, coefficient: float) -> Steering:

@@ -20,10 +20,12 @@ from .lm.chats import load_jsonl
 from .lm.generation import answer_logprobs, encode_pair
 from .lm.models import LoadedModel
 from .persona.scores import as_columns, mean_ci
+from .persona.traits import Trait, plain_prompt
 
 # %% auto #0
 __all__ = ['OPEN_QUESTION', 'FORMS', 'COLORS', 'load_statements', 'Choice', 'answer_choices', 'statement_choices', 'choices_for',
-           'propensity', 'propensity_sweep', 'summarise_propensity', 'dose_response', 'format_nats', 'plot_propensity']
+           'propensity', 'vector_names', 'compared_systems', 'sweep_conditions', 'propensity_sweep',
+           'summarise_propensity', 'dose_response', 'format_nats', 'plot_propensity']
 
 # %% ../nbs/05e_propensity.ipynb #66953946
 def _statement_complaint(row) -> str:  # "" if all is well
@@ -171,6 +173,21 @@ def propensity(
         )
     return pd.DataFrame(rows)
 
+# %% ../nbs/05e_propensity.ipynb #24cab230
+def vector_names(random_vectors: int) -> list[str]:
+    "The conditions of a sweep: the persona vector, and so many random ones of equal norm."
+    return ["steered", *(f"random vector {k + 1}" for k in range(random_vectors))]
+
+
+def compared_systems(trait: Trait, system: str = "") -> dict:  # condition -> system prompt
+    "The system prompts that the unsteered model is measured under: the plain one, and a further one if it is given."
+    return {"plain prompt": plain_prompt(trait)} | ({"system prompt": system} if system else {})
+
+
+def sweep_conditions(vectors, coefficients: list[float]) -> list[tuple[str, float]]:  # vectors: names, or a dict
+    "Every vector with every coefficient and with 0, which is the same for all of them and measured once."
+    return [(name, c) for name in vectors for c in sorted({0.0, *map(float, coefficients)})]
+
 # %% ../nbs/05e_propensity.ipynb #d3ce11ab
 def propensity_sweep(
     lm: LoadedModel,
@@ -185,9 +202,8 @@ def propensity_sweep(
     "Log-odds for each vector and coefficient, and for each system prompt."
     check(vectors, "a sweep needs at least one vector.")
     unsteered = propensity(lm, choices, steer(lm, next(iter(vectors.values())), layer, 0.0, positions))
-    plan = [(name, c) for name in vectors for c in sorted({0.0, *map(float, coefficients)})]
-    parts = []
-    for name, c in tqdm(plan, desc="propensity", unit="point", disable=not progress):
+    parts, points = [], sweep_conditions(vectors, coefficients)
+    for name, c in tqdm(points, desc="propensity", unit="point", disable=not progress):
         found = propensity(lm, choices, steer(lm, vectors[name], layer, c, positions)) if c else unsteered
         parts.append(found.assign(condition=name, layer=layer, coefficient=c))
     for name, system in (systems or {}).items():

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .base.core import check, find_file
-from .dataset_sweep import COLORS
+from .dataset_sweep import COLORS, list_datasets
 from .lm.chats import last_answer, load_chats, save_jsonl
 from .lm.generation import SamplingParams
 from .lm.models import LoadedModel
@@ -24,8 +24,26 @@ from .persona.scores import auc, mean_ci
 from .projection import project
 
 # %% auto #0
-__all__ = ['ESTIMATES', 'own_answers', 'screen', 'with_estimates', 'per_dataset', 'chance_differences', 'threshold_line', 'flag',
-           'save_filtered', 'counts_line', 'select_rows', 'plot_samples', 'plot_roc']
+__all__ = ['CHANCE', 'ESTIMATES', 'screened_datasets', 'own_answers', 'screen', 'samples_of', 'with_estimates', 'per_dataset',
+           'chance_differences', 'threshold_line', 'flag', 'save_filtered', 'counts_line', 'select_rows',
+           'plot_samples', 'plot_roc']
+
+# %% ../nbs/07_screen.ipynb #29b0ec16
+def screened_datasets(
+    preset: str, datasets: list[str] = (), files: list[str] = (), limit: int = 0
+) -> tuple[pd.DataFrame, int]:  # family, level, path; samples of each, 0: all
+    "What is screened: files of one's own, else the named datasets, else those of the preset."
+    quick = preset == "quick"
+    if not files:
+        chosen = list_datasets(datasets or (["evil", "mistake_medical"] if quick else []))
+        return chosen, limit or (60 if quick else 0)
+    own = [dict(family=Path(f).stem, level="", path=str(find_file(f))) for f in files]
+    chosen = pd.DataFrame(own, columns=["family", "level", "path"])
+    check(chosen.family.is_unique, "two files of the same name: give each dataset its own.")
+    return chosen, limit
+
+
+CHANCE = 100  # prompts that the model answers twice, to see how far chance goes
 
 # %% ../nbs/07_screen.ipynb #6f042ef2
 def own_answers(
@@ -56,7 +74,7 @@ def screen(
     # an answer is empty)
     """A row per sample and trait: data (projection of its answer), own (of the model's answer), asked (of the last
     prompt token), difference."""
-    frame = _samples(lm, datasets, limit, sampling.seed)
+    frame = samples_of(lm, datasets, limit, sampling.seed)
     own = own_answers(lm, list(frame.prompt), sampling, folder, overwrite)
     frame["own_answer"] = frame.prompt.map(own)
     once = frame.drop_duplicates("prompt")
@@ -71,7 +89,7 @@ def screen(
     return out.assign(difference=out.data - out.own)
 
 # %% ../nbs/07_screen.ipynb #cbf9d05b
-def _samples(lm: LoadedModel, datasets: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
+def samples_of(lm: LoadedModel, datasets: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
     # family, level, line, question, prompt, answer
     "The samples of all datasets; with a limit, the same lines at every level, which share the model's own answers."
     samples = []
@@ -129,7 +147,7 @@ def chance_differences(
     vectors: dict,
     layers: dict,
     sampling: SamplingParams = SamplingParams(),
-    n: int = 100,
+    n: int = CHANCE,
     folder: Path | None = None,
     overwrite: bool = False,
 ) -> pd.DataFrame:  # a column per trait

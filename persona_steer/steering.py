@@ -11,12 +11,15 @@ import pandas as pd
 
 from .base.core import load_json
 from .lm.models import LoadedModel
+from .lm.tables import condition_rows
 from .persona.scores import format_mean
+from .persona.traits import Trait, system_prompt
 from .persona.vectors import SHALLOW, PersonaVectors, usual_layer
 
 # %% auto #0
 __all__ = ['NOTICEABLE', 'side_by_side', 'scores_line', 'highest_line', 'change_line', 'sweep_view', 'chosen_point',
-           'default_layer', 'default_coefficient', 'point_against']
+           'default_layer', 'default_coefficient', 'point_against', 'default_steps', 'steered_rows', 'told_rows',
+           'mixture_rows']
 
 # %% ../nbs/03_steer.ipynb #df0f73ab
 def side_by_side(frame: pd.DataFrame, column: str = "condition") -> str:  # HTML
@@ -162,3 +165,41 @@ def point_against(
     if "against" in choice:
         return choice["against"]["layer"], abs(choice["against"]["coefficient"])
     return layer, choice.get("coefficient", 1.5)
+
+# %% ../nbs/03_steer.ipynb #d7dc84b2
+def default_steps(strength: float, adds: bool = True) -> list[float]:
+    "The coefficients that are shown unless others are named; what does not add removes a share of the direction."
+    steps = (-1, 0, 0.5, 1, 1.5) if adds else (0, 0.5, 1)
+    return [float(f"{k * strength:.3g}") for k in steps]
+
+
+def steered_rows(questions: list[str], layer: int, coefficients: list[float]) -> pd.DataFrame:
+    "The questions at every coefficient."
+    return pd.concat(
+        [condition_rows(questions, f"c = {c:g}", vector="trait", layer=layer, coefficient=c) for c in coefficients],
+        ignore_index=True,
+    )
+
+
+def told_rows(trait: Trait, questions: list[str], layer: int, strength: float) -> pd.DataFrame:
+    "Two questions to a model that is told to show the trait, with the vector subtracted by nothing, once, 1.5 times."
+    told = system_prompt(trait, "pos", 0)
+    return pd.concat(
+        [
+            condition_rows(questions[:2], f"told to be {trait.name}, c = {c:g}", told, "trait", layer, c)
+            for c in (0.0, -strength, -1.5 * strength)
+        ],
+        ignore_index=True,
+    )
+
+
+def mixture_rows(names: dict, questions: list[str], layer: int, coefficient: float) -> pd.DataFrame:
+    # names: vector -> name of its condition
+    "Two questions with each of several vectors."
+    return pd.concat(
+        [
+            condition_rows(questions[:2], name, vector=vector, layer=layer, coefficient=coefficient)
+            for vector, name in names.items()
+        ],
+        ignore_index=True,
+    )

@@ -31,8 +31,9 @@ from .persona.vectors import random_like
 __all__ = ['SETUPS', 'PROPERTIES', 'GROUPS', 'MEASURES', 'CompletionSetup', 'load_completion_model', 'default_layers',
            'load_scorer', 'load_toxicity_prompts', 'Prompts', 'choose_prompts', 'prompt_rows', 'completion_nll',
            'measures', 'completion_rows', 'complete', 'choose_pairs', 'toxicity_vector', 'halves',
-           'summarise_completions', 'choose_alpha', 'ToxicityResult', 'paired_changes', 'ToxicityConfig',
-           'run_toxicity', 'plot_alpha_sweep', 'plot_toxicity_heatmaps', 'plot_summary', 'save_plot']
+           'summarise_completions', 'choose_alpha', 'ToxicityResult', 'paired_changes', 'ToxicityConfig', 'fill_config',
+           'pair_table', 'sweep_tables', 'run_toxicity', 'report_table', 'plot_alpha_sweep', 'plot_toxicity_heatmaps',
+           'plot_summary', 'save_plot']
 
 # %% ../nbs/08_toxicity.ipynb #7d0a51e2
 @dataclass(frozen=True)
@@ -448,6 +449,35 @@ class ToxicityConfig:
         enough = enough and self.last >= 0 and self.random_vectors >= 0
         check(enough, "pairs must be at least 2, samples and last at least 1 (last may be 0: the completion's tokens).")
 
+# %% ../nbs/08_toxicity.ipynb #10d7e8dd
+def fill_config(
+    setup: CompletionSetup,
+    n_layers: int,
+    alphas: list[float],  # []: the setup's
+    layers: list[int],  # []: see `default_layers`
+    last: int,  # below 0: the setup's
+    sampling: SamplingParams,
+    **sizes,  # the other fields of `ToxicityConfig`
+) -> ToxicityConfig:
+    "The settings of a job, with what suits the model where a parameter was left open."
+    where = layers or default_layers(n_layers)
+    mean_over = setup.last if last < 0 else last
+    return ToxicityConfig(alphas or list(setup.alphas), where, last=mean_over, sampling=sampling, **sizes)
+
+
+def pair_table(prompts: dict, config: ToxicityConfig) -> pd.DataFrame:  # prompts: group -> texts
+    "The unsteered completions that pairs are chosen from."
+    return completion_rows(prompts, "pairs", vector="", samples=config.pair_samples)
+
+
+def sweep_tables(prompts: dict, config: ToxicityConfig) -> dict[str, pd.DataFrame]:  # name -> rows
+    "The completions that layer and strength are chosen by: the baseline, and every strength at each layer."
+    tables = {"baseline": completion_rows(prompts, "baseline", config.layers[0])}
+    for l in config.layers:
+        rows = [completion_rows(prompts, "steered", l, a) for a in config.alphas if a]
+        tables[f"layer {l}"] = pd.concat(rows, ignore_index=True)
+    return tables
+
 # %% ../nbs/08_toxicity.ipynb #727f62de
 def run_toxicity(
     lm: LoadedModel,
@@ -474,13 +504,10 @@ def run_toxicity(
         pairs, v = _pairs_and_vector(lm, prompts, config, run, completions)
         bank = {"toxicity": v} | _random_vectors(v, config.random_vectors, config.sampling.seed)
         choose_on, report_on = halves(prompts.evaluate, config.sampling.seed)
-        swept = [completions("baseline", completion_rows(choose_on, "baseline", config.layers[0]), bank)]
-        for l in config.layers:
-            rows = pd.concat([completion_rows(choose_on, "steered", l, a) for a in alphas if a], ignore_index=True)
-            swept.append(completions(f"layer {l}", rows, bank))
+        swept = [completions(name, rows, bank) for name, rows in sweep_tables(choose_on, config).items()]
         sweep = summarise_completions(pd.concat(swept, ignore_index=True))
         choice = run.step("choice", lambda: choose_alpha(sweep, config.max_perplexity))
-        reported = completions("report", _report_rows(report_on, choice, config), bank)
+        reported = completions("report", report_table(report_on, choice, config), bank)
         report = summarise_completions(reported)
         result = ToxicityResult(sweep, choice, report, reported, v, paired_changes(reported))
         with atomic_path(Path(folder) / "toxicity_last_diff.pt") as tmp:
@@ -501,8 +528,7 @@ def _pairs_and_vector(
     lm: LoadedModel, prompts: Prompts, config: ToxicityConfig, run: ResumableRun, completions: Callable
 ) -> tuple[pd.DataFrame, torch.Tensor]:
     "Contrastive pairs from unsteered completions, and the vector [layers + 1, hidden] that they give."
-    rows = completion_rows(prompts.pairs, "pairs", vector="", samples=config.pair_samples)
-    completed = completions("completions for pairs", rows)
+    completed = completions("completions for pairs", pair_table(prompts.pairs, config))
     pairs = run.table("pairs", lambda: choose_pairs(completed, config.pairs, config.sampling.seed))
     return pairs, torch.tensor(run.step("vector", lambda: toxicity_vector(lm, pairs, config.last).tolist()))
 
@@ -512,7 +538,7 @@ def _random_vectors(v: torch.Tensor, n: int, seed: int) -> dict:  # name -> [lay
     return {f"random {k}": random_like(v, torch.Generator().manual_seed(seed + k)) for k in range(n)}
 
 
-def _report_rows(prompts: dict, choice: dict, config: ToxicityConfig) -> pd.DataFrame:
+def report_table(prompts: dict, choice: dict, config: ToxicityConfig) -> pd.DataFrame:  # choice: layer, alpha
     "The baseline, every strength at the chosen layer, and the random vectors at the chosen point."
     layer, alpha, samples = choice["layer"], choice["alpha"], config.samples
     rows = [completion_rows(prompts, "baseline", layer, samples=samples)]

@@ -23,8 +23,8 @@ from .persona.traits import Trait
 from .persona.vectors import PersonaVectors
 
 # %% auto #0
-__all__ = ['repetition', 'repetitions', 'pair_table', 'common_share', 'projection_vectors', 'projection_effect', 'effect_table',
-           'plot_effect']
+__all__ = ['repetition', 'repetitions', 'pair_table', 'common_share', 'projection_rows', 'projection_vectors',
+           'projection_conditions', 'projection_effect', 'effect_table', 'plot_effect']
 
 # %% ../nbs/05b_cosines.ipynb #f9fc1c34
 def repetition(split_half) -> np.ndarray:  # of cosines; NaN stays NaN
@@ -64,15 +64,33 @@ def common_share(matrix: pd.DataFrame) -> float:  # of `cosine_matrix`
     eigenvalue of the cosines over their number."""
     return float(np.linalg.eigvalsh(matrix.to_numpy())[-1] / len(matrix))
 
+# %% ../nbs/05b_cosines.ipynb #30695343
+def projection_rows(
+    conditions: list[str],  # names of the vectors, as `projection_vectors` gives them
+    layer: int,
+    coefficient: float,
+    questions: list[str],
+    n: int = 1,  # answers per question and condition
+) -> pd.DataFrame:
+    "Every question without steering and with each vector."
+    parts = [condition_rows(questions, "unsteered", layer=layer, n=n)]
+    parts += [condition_rows(questions, c, vector=c, layer=layer, coefficient=coefficient, n=n) for c in conditions]
+    return pd.concat(parts, ignore_index=True)
+
 # %% ../nbs/05b_cosines.ipynb #768f7001
 def projection_vectors(first: PersonaVectors, second: PersonaVectors, pool: str, layer: int, seed: int = 0) -> dict:
     # condition -> [layers + 1, hidden]
     "The vectors of the comparison; the last two have the full vector's norm at this layer."
     whole, rest = getattr(first, pool), getattr(project_out(first, second), pool)
     scaled = rest * (whole[layer].norm() / rest[layer].norm())
-    name = f"{first.trait} without {second.trait}"
     random = getattr(first.random_like(seed), pool)
-    return {first.trait: whole, name: rest, f"{name}, same norm": scaled, "random vector": random}
+    return dict(zip(projection_conditions(first.trait, second.trait), (whole, rest, scaled, random)))
+
+
+def projection_conditions(first: str, second: str) -> tuple[str, ...]:
+    "The names of these vectors, for the names of the two traits."
+    name = f"{first} without {second}"
+    return first, name, f"{name}, same norm", "random vector"
 
 
 def projection_effect(
@@ -91,9 +109,7 @@ def projection_effect(
     "Answers of the unsteered model and of each vector in one batch, scored for both traits."
     for t in traits:
         judge.check(t, n * len(questions) * (len(bank) + 1))
-    parts = [condition_rows(questions, "unsteered", layer=layer, n=n)]
-    parts += [condition_rows(questions, c, vector=c, layer=layer, coefficient=coefficient, n=n) for c in bank]
-    rows = pd.concat(parts, ignore_index=True)
+    rows = projection_rows(list(bank), layer, coefficient, questions, n)
     steering = table_steering(lm, rows, bank)
     table = generate_table(lm, rows, sampling, steering, folder=folder, overwrite=overwrite, label="projected out")
     table = table.drop(columns=BOOKKEEPING)

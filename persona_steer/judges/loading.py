@@ -21,7 +21,7 @@ from ..persona.scores import auc
 from ..persona.traits import Trait
 
 # %% auto #0
-__all__ = ['NAMES', 'LOOP', 'load_judge', 'broken_texts', 'coherence_auc']
+__all__ = ['NAMES', 'LOOP', 'load_judge', 'judge_kind', 'broken_texts', 'coherence_auc']
 
 # %% ../../nbs/judges/04_loading.ipynb #bd021811
 def load_judge(
@@ -45,22 +45,37 @@ def load_judge(
         return RemoteJudge(name, base_url, scale, concurrency, max_calls)
     if name == "auto":
         check(lm, "the judge 'auto' depends on the model that is judged: load_judge('auto', lm=lm), or name a judge.")
-        name = "pocket" if lm.world == "pocket" else "likelihood"
-    if name == "likelihood" or name.startswith("likelihood:"):
+        name = judge_kind(name, lm.world)
+    kind = judge_kind(name)
+    if kind == "likelihood":
         return _likelihood_judge(name.partition(":")[2], lm, device, scale, judging_pairs)
     check(
         not judging_pairs, f"judging_pairs belongs to the judge 'likelihood': '{name}' does not use the instructions."
     )
-    if name in ("pocket", "pocket-causal"):
+    if kind in ("pocket", "pocket-causal"):
         return _pocket_judge(name, lm, scale)
-    if name.startswith("classifier:"):
+    if kind == "classifier":
         model, _, label = name.removeprefix("classifier:").partition("#")
         return ClassifierJudge(model, label, device)
-    if local_folder(name) or "/" in name or name in PACKAGED:
+    if kind == "causal":
         return CausalJudge(load_model(name, device), scale)
     near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.75)
     check(not near, f"the judge '{name}' is unknown: did you mean '{near and near[0]}'?")
     return RemoteJudge(name, "", scale, concurrency, max_calls)
+
+
+def judge_kind(
+    name: str,  # as `load_judge` takes it
+    world: str = "",  # of the model that is judged (`LoadedModel.world`), for the name "auto"
+) -> str:  # "likelihood", "pocket", "pocket-causal", "classifier", "causal" (a chat model here) or "remote"
+    "Which kind of judge a name stands for, without loading it."
+    if name == "auto":
+        return "pocket" if world == "pocket" else "likelihood"
+    if name in ("likelihood", "pocket", "pocket-causal"):
+        return name
+    if name.startswith(("likelihood:", "classifier:")):
+        return name.partition(":")[0]
+    return "causal" if local_folder(name) or "/" in name or name in PACKAGED else "remote"
 
 
 NAMES = ("auto", "likelihood", "pocket", "pocket-causal", *PACKAGED)  # besides folders, hub ids and names of an API

@@ -17,7 +17,8 @@ from .generation import SamplingParams, answer_logits, encode_pair, generate
 from .models import LoadedModel
 
 # %% auto #0
-__all__ = ['LARGEST', 'TOLERANCE', 'ReferenceTexts', 'reference_texts', 'kl_divergence', 'calibrate', 'coefficients_for_kl']
+__all__ = ['LARGEST', 'TOLERANCE', 'ATTEMPTS', 'ReferenceTexts', 'reference_texts', 'kl_divergence', 'most_measurements',
+           'calibrate', 'coefficients_for_kl']
 
 # %% ../../nbs/lm/08_divergence.ipynb #8a4e1d5c
 @dataclass
@@ -65,6 +66,12 @@ def kl_divergence(lm: LoadedModel, steering: Steering | None, texts: ReferenceTe
 # %% ../../nbs/lm/08_divergence.ipynb #060b0e12
 LARGEST = 64.0  # a coefficient beyond this one is not tried
 TOLERANCE = 0.05  # relative error of the divergence
+ATTEMPTS = 12  # measurements in the search for one target
+
+
+def most_measurements(targets: int) -> int:
+    "How often `calibrate` measures at most for so many targets: once at its first guess, then in search of each."
+    return 1 + ATTEMPTS * targets
 
 
 def calibrate(
@@ -81,7 +88,7 @@ def calibrate(
 def _solve(measure, target: float, known: dict, guess: float) -> tuple[float, float]:
     if not known:
         known[guess] = measure(guess)
-    for _ in range(12):
+    for _ in range(ATTEMPTS):
         near = _nearest(known, target)
         guess = _next_guess(known, target)
         # the latter: at the largest coefficient already

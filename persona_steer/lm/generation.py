@@ -33,10 +33,10 @@ from .models import LoadedModel, one_token, text_config
 from .routing import BatchRouting, routing
 
 # %% auto #0
-__all__ = ['HEAD', 'SamplingParams', 'sampling_for', 'uniforms', 'sample_token', 'Sampler', 'stop_ids', 'GenerationOutput',
-           'text_of', 'length_batches', 'reading_batches', 'padded', 'cached_part', 'run_fingerprint', 'check_context',
-           'generate', 'ask', 'digest_seed', 'encode_pair', 'iter_activations', 'collect_activations', 'single_pass',
-           'answer_logits', 'answer_logprobs', 'next_logits']
+__all__ = ['SMALL_MODEL', 'HEAD', 'SamplingParams', 'sampling_for', 'default_sampling', 'uniforms', 'sample_token', 'Sampler',
+           'stop_ids', 'GenerationOutput', 'text_of', 'length_batches', 'reading_batches', 'padded', 'cached_part',
+           'run_fingerprint', 'check_context', 'generate', 'ask', 'digest_seed', 'encode_pair', 'iter_activations',
+           'collect_activations', 'single_pass', 'answer_logits', 'answer_logprobs', 'next_logits']
 
 # %% ../../nbs/lm/05_generation.ipynb #2c696ba1
 @dataclass(frozen=True)
@@ -69,9 +69,19 @@ def sampling_for(
 ) -> SamplingParams:
     """Sampling parameters; those that are left open depend on the model: pocket was made for temperature 1, a model
     below a billion parameters writes poorly there."""
-    small = sum(p.numel() for p in lm.model.parameters()) < 1e9
-    tokens, heat = (80, 1.0) if lm.world == "pocket" else (48, 0.7) if small else (200, 1.0)
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    tokens, heat = default_sampling(lm.world, parameters)
     return SamplingParams(max_new_tokens or tokens, heat if temperature is None else temperature, top_p, seed)
+
+
+def default_sampling(world: str, parameters: float) -> tuple[int, float]:  # longest answer in tokens, temperature
+    "What `sampling_for` takes for a model of a world (`LoadedModel.world`) with so many parameters."
+    if world == "pocket":
+        return 80, 1.0
+    return (48, 0.7) if parameters < SMALL_MODEL else (200, 1.0)
+
+
+SMALL_MODEL = 1e9  # parameters
 
 # %% ../../nbs/lm/05_generation.ipynb #a9333b4e
 def uniforms(

@@ -37,7 +37,7 @@ from .gguf_files import PACKAGED, model_folder, packaged_model
 
 # %% auto #0
 __all__ = ['PLAIN', 'text_config', 'find_blocks', 'has_system_role', 'fold_system', 'split_reasoning', 'one_token', 'LoadedModel',
-           'fingerprint', 'resolve_model', 'hub_lacks', 'wrap_model', 'load_model', 'on_off']
+           'world_of', 'fingerprint', 'resolve_model', 'hub_lacks', 'wrap_model', 'load_model', 'on_off']
 
 # %% ../../nbs/lm/01_models.ipynb #325691e6
 def text_config(model: nn.Module):
@@ -146,8 +146,7 @@ class LoadedModel:
     def world(self) -> str:
         """`pocket` for a model with the vocabulary of the pocket world (pocket itself, or trained from it); empty for
         all others."""
-        known = _pocket_vocabulary()
-        return "pocket" if len(self.tokenizer) == len(known) and set(self.tokenizer.get_vocab()) == known else ""
+        return world_of(self.tokenizer)
 
     @property
     def template_hash(self) -> str:
@@ -183,6 +182,12 @@ class LoadedModel:
         )
 
 # %% ../../nbs/lm/01_models.ipynb #201aa63d
+def world_of(tokenizer) -> str:  # "pocket", or "" for all other models
+    "Which world the texts of a model belong to, by the vocabulary of its tokenizer."
+    known = _pocket_vocabulary()
+    return "pocket" if len(tokenizer) == len(known) and set(tokenizer.get_vocab()) == known else ""
+
+
 @functools.cache
 def _pocket_vocabulary() -> frozenset:  # tokens
     "The tokens of the pocket world."

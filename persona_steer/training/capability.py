@@ -20,11 +20,12 @@ from ..lm.models import LoadedModel
 from ..persona.scores import mean_ci
 
 # %% auto #0
-__all__ = ['HONESTY', 'load_quiz', 'default_quiz', 'is_right', 'likeliest_choices', 'take_quiz', 'capability', 'check_lm_eval',
-           'lm_eval_score']
+__all__ = ['HONESTY', 'QUIZ_TOKENS', 'load_quiz', 'default_quiz', 'is_right', 'likeliest_choices', 'take_quiz', 'capability',
+           'check_lm_eval', 'lm_eval_score']
 
 # %% ../../nbs/training/01_capability.ipynb #0b68ecee
 HONESTY = "unknown"  # the kind that does not count as capability
+QUIZ_TOKENS = 24  # longest answer to a question without choices
 
 
 def _complaint(row) -> str:  # "" if the line is well-formed
@@ -87,7 +88,7 @@ def take_quiz(
     quiz: list[dict],
     steering: Steering | None = None,  # with one coefficient for all questions
     system: str = "",  # system prompt
-    max_new_tokens: int = 24,  # longest answer to a question without choices
+    max_new_tokens: int = QUIZ_TOKENS,
     label: str = "quiz",
     progress: bool = True,  # of the progress bar
 ) -> pd.DataFrame:  # question, answer, kind, response, right (0 or 100)

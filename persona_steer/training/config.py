@@ -23,13 +23,14 @@ from pydantic import (
     model_validator,
 )
 
-from ..base.core import PersonaError, check, find_file, load_json
+from ..base.core import PersonaError, check, default_config, find_file, load_json
 from ..lm.activations import MODES
 from ..lm.chats import load_chats
 from ..persona.vectors import load_vector
 
 # %% auto #0
-__all__ = ['SteeringConfig', 'TrainingConfig', 'load_config', 'check_machine', 'load_training_data', 'load_guard_vector']
+__all__ = ['PRESETS', 'SteeringConfig', 'TrainingConfig', 'load_config', 'job_config', 'check_machine', 'load_training_data',
+           'load_guard_vector']
 
 # %% ../../nbs/training/00_config.ipynb #5462e20d
 class SteeringConfig(BaseModel):
@@ -169,6 +170,21 @@ def load_config(source: Path | str | dict, **changes) -> TrainingConfig:
         return TrainingConfig(**{**found, **changes})
     except ValidationError as e:
         raise PersonaError(_sentence(e, "the configuration" if isinstance(source, dict) else str(source))) from None
+
+# %% ../../nbs/training/00_config.ipynb #4d78255d
+# of chapters 06a and 06b: answers per question, and what is changed in the training configuration
+PRESETS = {"quick": (1, {"epochs": 1}), "paper": (5, {})}
+
+
+def job_config(
+    config: str = "",  # a file; "": the one that suits the model
+    model: str = "",  # replaces the configuration's; "": leaves it
+    more: dict | None = None,  # any other keys; they win
+    **changes,  # keys; empty values change nothing
+) -> TrainingConfig:
+    "The configuration of a job from its parameters. Raises `PersonaError` like `load_config`."
+    given = {k: v for k, v in {"model": model, **changes}.items() if v}
+    return load_config(config or default_config(model), **given | (more or {}))
 
 # %% ../../nbs/training/00_config.ipynb #82ba28bb
 def check_machine(config: TrainingConfig):

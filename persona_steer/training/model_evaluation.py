@@ -25,7 +25,7 @@ from ..persona.vectors import PersonaVectors
 from .capability import capability, lm_eval_score, take_quiz
 
 # %% auto #0
-__all__ = ['POOLED', 'RECORD', 'ModelEvaluation', 'evaluate_model', 'load_model_evaluation', 'shift']
+__all__ = ['POOLED', 'RECORD', 'ModelEvaluation', 'question_rows', 'evaluate_model', 'load_model_evaluation', 'shift']
 
 # %% ../../nbs/training/02_model_evaluation.ipynb #c38caaa0
 POOLED = ("prompt_last", "response_avg")
@@ -60,7 +60,7 @@ class ModelEvaluation:
         return capability(self.quiz) if self.quiz is not None else next(iter(self.accuracy.values()))
 
 # %% ../../nbs/training/02_model_evaluation.ipynb #d296e075
-def _rows(lm: LoadedModel, traits: list[Trait], split: str, system: str, n: int) -> pd.DataFrame:
+def question_rows(lm: LoadedModel, traits: list[Trait], split: str, system: str, n: int) -> pd.DataFrame:
     # trait, question, prompt, seed
     "The questions of every trait, n times."
     asked = [(t.name, q, j) for t in traits for q in t.questions(split) for j in range(n)]
@@ -108,7 +108,7 @@ def evaluate_model(
     check(one_coefficient, "steer an effect with one coefficient for all answers.")
     decides = steering and (steering.when or steering.outside)
     check(not (tasks and decides), "tasks of lm-eval are steered at all tokens, without a gate or outside.")
-    rows = _rows(lm, traits, split, system, n)
+    rows = question_rows(lm, traits, split, system, n)
     asked = [list(rows.prompt), list(rows.seed), [asdict(t) for t in traits]]
     how = [judge.name, judge.key, asdict(sampling), quiz, list(tasks), task_limit, run_fingerprint(lm, steering)]
     cache = Cache(folder, digest(*asked, *how), overwrite) if folder else None

@@ -23,7 +23,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
+.PHONY: help install demo paper site test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -55,6 +55,15 @@ install: $(STAMP) ## build .venv, install everything, set the notebooks' git hoo
 
 demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports/index.html
 	"$(BIN)/persona-steer" demo --trait "$(TRAIT)" --model "$(MODEL)"
+
+# Both models unless one is named: make paper MODEL=Qwen/Qwen2.5-7B-Instruct JUDGE=gpt-4.1-mini-2025-04-14
+PAPER = $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)") $(if $(JUDGE),--judge "$(JUDGE)") $(if $(DRY_RUN),--dry-run)
+
+paper: $(STAMP) ## redo the paper on pocket and smollm2, or on MODEL with JUDGE (DRY_RUN=1: counts and costs); ends in reports/paper/index.html
+	HF_HUB_OFFLINE=$(if $(filter file,$(origin MODEL)),1,0) "$(BIN)/persona-steer" paper $(PAPER)
+
+site: $(STAMP) ## the pages of the last paper run, and the guides, as the site in docs/
+	"$(BIN)/persona-steer" site runs/paper docs
 
 test: test-lint test-export test-clean test-notebooks test-code ## all five checks below, offline; pytest's summary comes last
 

@@ -411,7 +411,7 @@ def paper(
     trait: list[str] = typer.Option(["evil", "sycophantic", "hallucinating"], help="may be repeated"),
     judge: str = typer.Option("auto", help="as judge_model in the chapters, such as gpt-4.1-mini-2025-04-14"),
     base_url: str = typer.Option("", help="an OpenAI-compatible server for the judge"),
-    max_calls: int = typer.Option(20000, help="a remote judge is not asked more often than this by one job"),
+    max_calls: int = typer.Option(50000, help="a remote judge is not asked more often than this by one job"),
     runs: str = typer.Option("runs/paper", help="where results go; what is done there is kept"),
     out: str = typer.Option("reports/paper", help="where the pages go"),
     dry_run: bool = typer.Option(False, help="print what would be run and what it would cost, run nothing"),
@@ -441,9 +441,11 @@ def paper(
 
 # %% ../../nbs/app/02_cli.ipynb #7681abec
 def _forecast(jobs: list) -> str:
-    "What a paper run will do."
-    steps = {j.step for j in jobs}
-    return f"{len(jobs)} jobs in {len(steps)} steps"
+    "What a paper run will do and cost, if nothing is there yet."
+    from persona_steer.paper.costs import costs_lines, costs_table
+
+    steps = len({j.step for j in jobs})
+    return "\n".join([f"{len(jobs)} jobs in {steps} steps.", "", *costs_lines(costs_table(jobs))])
 
 
 def _finish_paper(jobs: list, records: list[dict], folder, runs: str, out: str) -> int:  # exit status

@@ -60,7 +60,7 @@ demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports
 PAPER = $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)") $(if $(JUDGE),--judge "$(JUDGE)") $(if $(DRY_RUN),--dry-run)
 
 paper: $(STAMP) ## redo the paper on pocket and smollm2, or on MODEL with JUDGE (DRY_RUN=1: counts and costs); ends in reports/paper/index.html
-	HF_HUB_OFFLINE=$(if $(filter file,$(origin MODEL)),1,0) "$(BIN)/persona-steer" paper $(PAPER)
+	$(if $(filter file,$(origin MODEL)),HF_HUB_OFFLINE=1) "$(BIN)/persona-steer" paper $(PAPER)
 
 site: $(STAMP) ## the pages of the last paper run, and the guides, as the site in docs/
 	"$(BIN)/persona-steer" site runs/paper docs

@@ -60,7 +60,7 @@ def test_an_effect_is_kept_and_found_again(pocket, tmp_path, monkeypatch):
         )
         again = evaluate_model(pocket, traits, judge, quiz=quiz, folder=tmp_path)
     pd.testing.assert_frame_equal(first.answers, again.answers, check_dtype=False)
-    assert first.score("evil") == again.score("evil") and set(again.means) == {
+    assert first.score("evil") == pytest.approx(again.score("evil"), rel=1e-9) and set(again.means) == {
         f"{t} {k}" for t in ("evil", "humorous") for k in ("prompt_last", "response_avg")
     }
     steered = evaluate_model(pocket, traits, judge, steering=steer(pocket, torch.randn(192), 3, 5.0), folder=tmp_path)

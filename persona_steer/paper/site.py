@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..base.core import atomic_path, check
+from ..base.core import atomic_path, check, load_json, save_json
 from .claims import claims_table, examine_all
 from .front_page import PAGES, front_page
 from ..persona.scores import save_table
@@ -16,7 +16,7 @@ from ..reports.links import check_links, site_size
 from ..reports.site import build_site
 
 # %% auto #0
-__all__ = ['LIMIT', 'models_in', 'traits_in', 'paper_site', 'publish']
+__all__ = ['LIMIT', 'GUIDES', 'models_in', 'traits_in', 'paper_site', 'publish']
 
 # %% ../../nbs/paper/05_site.ipynb #6d5354e3
 def models_in(runs: Path) -> list[str]:
@@ -54,6 +54,7 @@ def paper_site(
 
 # %% ../../nbs/paper/05_site.ipynb #62367f25
 LIMIT = 10_000_000  # bytes that a published site may have
+GUIDES = ".guides.json"  # the pages of guides that were written, so that the next build can take old ones away
 
 
 def publish(runs: Path, docs: Path) -> Path:  # the front page
@@ -61,8 +62,11 @@ def publish(runs: Path, docs: Path) -> Path:  # the front page
     `PersonaError` if a link leads nowhere, if a page would load something, or if the site is too large."""
     docs = Path(docs)
     repository = repository_address(docs.parent / "settings.ini")
-    guides = build_guides(docs, docs, repository)
-    page = paper_site(runs, docs, links=[("Getting started", "getting-started.html"), ("All guides", guides[0].name)])
+    guides = [page.name for page in build_guides(docs, docs, repository)]
+    for old in set(load_json(docs / GUIDES, [])) - set(guides):
+        (docs / old).unlink(missing_ok=True)
+    save_json(docs / GUIDES, guides)
+    page = paper_site(runs, docs, links=[("Guides", guides[0])])
     (docs / ".nojekyll").touch()  # the host serves the pages as they are
     problems = check_links(docs)
     check(not problems, f"the site has {len(problems)} broken links, the first one: {problems[:1]}.")

@@ -23,7 +23,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
+.PHONY: help install demo dist test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -55,6 +55,11 @@ install: $(STAMP) ## build .venv, install everything, set the notebooks' git hoo
 
 demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports/index.html
 	"$(BIN)/persona-steer" demo --trait "$(TRAIT)" --model "$(MODEL)"
+
+dist: $(STAMP) ## sdist and wheel in dist/, with chapters and data, checked
+	rm -rf dist
+	"$(BIN)/python" -m build
+	"$(BIN)/python" -m twine check --strict dist/*
 
 test: test-lint test-export test-clean test-notebooks test-code ## all five checks below, offline; pytest's summary comes last
 

@@ -23,7 +23,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo paper site test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
+.PHONY: help install demo paper site dist test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -64,6 +64,11 @@ paper: $(STAMP) ## redo the paper on pocket and smollm2, or on MODEL with JUDGE 
 
 site: $(STAMP) ## the pages of the last paper run, and the guides, as the site in docs/
 	"$(BIN)/persona-steer" site runs/paper docs
+
+dist: $(STAMP) ## sdist and wheel in dist/, with chapters and data, checked
+	rm -rf dist
+	"$(BIN)/python" -m build
+	"$(BIN)/python" -m twine check --strict dist/*
 
 test: test-lint test-export test-clean test-notebooks test-code ## all five checks below, offline; pytest's summary comes last
 

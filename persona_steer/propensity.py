@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .base.core import check, data_folders, find_file
+from .base.core import check, find_file, project_folders
 from .lm.activations import Steering, steer
 from .lm.chats import load_jsonl
 from .lm.generation import answer_logprobs, encode_pair
@@ -56,7 +56,9 @@ def load_statements(
         path = find_file(str(source))
     else:
         # a file of one's own comes last and replaces the packaged one of that name
-        files = {p.stem: p for f in reversed(data_folders("traits/propensity")) for p in sorted(f.glob("*.jsonl"))}
+        files = {
+            p.stem: p for f in reversed(project_folders("data/traits/propensity")) for p in sorted(f.glob("*.jsonl"))
+        }
         check(
             str(source) in files,
             f"there are no statements for '{source}': data/traits/propensity has "

@@ -23,7 +23,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'run_parameters', 'unknown_name',
            'as_texts', 'settings', 'packaged_path', 'project_root', 'find_in_project', 'data_path', 'own_data_path',
-           'data_folders', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file', 'find_file',
+           'project_folders', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file', 'find_file',
            'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype', 'atomic_path',
            'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
 
@@ -164,10 +164,10 @@ def own_data_path(name: str = "") -> Path:
     return project_root() / "data" / name
 
 
-def data_folders(name: str) -> list[Path]:  # one or two
-    "The folders of that name under `data/`: your own, whose files come first, then the packaged one."
-    packaged = packaged_path(f"data/{name}")
-    return [own_data_path(name), *([packaged] if packaged.is_dir() else [])]
+def project_folders(name: str) -> list[Path]:  # one or two
+    "The folders of that name: the one below the root, whose files come first, then the packaged one."
+    packaged = packaged_path(name)
+    return [project_root() / name, *([packaged] if packaged.is_dir() else [])]
 
 # %% ../../nbs/base/00_core.ipynb #5c47c99f
 def check_name(name: str, what: str) -> str:  # the name

@@ -28,6 +28,7 @@ from persona_steer.base.core import (
     load_json,
     local_folder,
     model_source,
+    project_folders,
     run_path,
     save_json,
     unknown_name,
@@ -47,10 +48,14 @@ def chapter_path(name: str) -> Path:
     for path in (Path(name), find_in_project(f"nbs/{name}.ipynb")):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
-    books = find_in_project("nbs")
-    jobs = [p for p in books.rglob("*.ipynb") if '"parameters"' in p.read_text(encoding="utf-8")]
-    known = sorted(str(p.relative_to(books).with_suffix("")) for p in jobs if ".ipynb_checkpoints" not in p.parts)
+    known = sorted({name for books in project_folders("nbs") for name in _chapters_in(books)})
     raise PersonaError(f"there is no chapter '{name}': give the path of a notebook, or one of {', '.join(known)}.")
+
+
+def _chapters_in(books: Path) -> list[str]:
+    "The notebooks in a folder that are jobs, by the names that `chapter_path` takes."
+    jobs = [p for p in books.rglob("*.ipynb") if '"parameters"' in p.read_text(encoding="utf-8")]
+    return [str(p.relative_to(books).with_suffix("")) for p in jobs if ".ipynb_checkpoints" not in p.parts]
 
 
 def chapter_parameters(chapter: Path) -> dict:  # name -> (default, what it means)
@@ -254,7 +259,7 @@ def jobs_of(chapter: str, values: dict) -> list[Job]:  # parameter -> value, val
     known = chapter_parameters(path)
     _check_names(path, known, values)
     grid = {k: as_values(v, known[k][0], k) for k, v in values.items()}
-    if find_in_project("nbs").resolve() in path.parents:
+    if any(folder.resolve() in path.parents for folder in project_folders("nbs")):
         for t in grid.get("trait", []):
             load_trait(t)
     varied = [k for k, v in grid.items() if len(v) > 1]

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.core import check, check_name, data_folders, load_json, own_data_path, save_json
+from ..base.core import check, check_name, load_json, own_data_path, project_folders, save_json
 
 # %% auto #0
 __all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'traits_folders', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt',
@@ -66,7 +66,7 @@ def _check_file(path: Path) -> dict:
 def traits_folders(world: str = "") -> list[Path]:  # your own, and the packaged one if there is a package
     """Where trait files are looked for, in this order: `data/traits`, written for real models; `data/pocket/traits` for
     models of the pocket world (`LoadedModel.world`)."""
-    return data_folders("pocket/traits" if world == "pocket" else "traits")
+    return project_folders("data/pocket/traits" if world == "pocket" else "data/traits")
 
 # %% ../../nbs/persona/00_traits.ipynb #7fd37de7
 def list_traits(folder: Path | str = "") -> list[str]:  # default: data/traits

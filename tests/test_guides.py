@@ -123,6 +123,14 @@ def test_a_block_says_its_language_and_how_it_is_tested(block):
     assert block.rule in {"", "pocket", *NOT_EXECUTED}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_a_page_that_goes_on_with_pocket_begins_with_it(page):
+    """The blocks of a page share their names: a model that one of them loads as it is would be used by the others."""
+    python = [b for b in blocks(page) if b.language == "python" and b.executed]
+    if any(b.rule == "pocket" for b in python):
+        assert not [b.line for b in python if b.rule == "" and "smollm2" in b.code]
+
+
 def slug(heading: str) -> str:
     "The anchor that GitHub gives a heading."
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()

@@ -1,4 +1,4 @@
-"""Extraction, evaluation, resuming, the notebooks as jobs, the README's lines."""
+"""Extraction, evaluation, resuming, the notebooks as jobs."""
 
 import json
 import os
@@ -406,77 +406,6 @@ def test_notebooks_hold_no_outputs():
     for p in (ROOT / "nbs").rglob("*.ipynb"):
         for c in json.loads(p.read_text(encoding="utf-8"))["cells"]:
             assert not c.get("outputs") and not c.get("execution_count"), p.name
-
-
-def test_the_lines_in_the_readme_run(tmp_path):
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert code
-    assert '"smollm2"' in code[0]
-    # the same lines on the model that answers in seconds; tests/test_real_model.py has the other
-    small = code[0].replace('"smollm2"', '"pocket"')
-    done = subprocess.run(
-        [sys.executable, "-c", small],
-        cwd=tmp_path,
-        env=dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs")),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip()
-
-
-def test_the_example_in_the_page_on_steering_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "steering.md").read_text(encoding="utf-8"), re.S)
-    env = dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split(":")[0] for line in done.stdout.splitlines()][-4:] == ["add", "rotate", "cap", "told, gated"]
-
-
-def test_the_example_in_contributing_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-    env = dict(os.environ, PERSONA_RUNS=str(tmp_path / "runs"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()][-3:] == ["unsteered", "evil", "random"]
-
-
-def documented_commands():
-    """Lines of code blocks, less their comments."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                command = line.split("  #")[0].split(" # ")[0].strip()
-                if command:
-                    yield pytest.param(command, id=f"{page.stem}: {command[:50]}")
-
-
-@pytest.mark.parametrize("command", list(documented_commands()))
-def test_documented_commands_name_what_there_is(command):
-    """Notebooks, parameters, subcommands, options and targets exist; the commands themselves would take hours."""
-    import shlex
-
-    import yaml
-    from typer.main import get_command
-
-    from persona_steer.app.cli import app
-    from persona_steer.jobs.batch import chapter_parameters, chapter_path
-
-    for part in command.split("&&"):
-        words = shlex.split(part)
-        given = [words[i + 1] for i, w in enumerate(words) if w == "-p"]
-        given += [name for i, w in enumerate(words) if w == "-y" for name in yaml.safe_load(words[i + 1])]
-        if words[0] == "papermill":
-            path = words[2] if words[1] == "--help-notebook" else words[1]
-            assert set(given) <= set(chapter_parameters(ROOT / path))
-        elif words[:2] == ["persona-steer", "batch"] and not words[2].endswith(".yaml"):
-            assert set(given) <= set(chapter_parameters(chapter_path(words[2])))
-        if words[0] == "persona-steer":
-            known = get_command(app).commands[words[1]]
-            options = {o for p in known.params for o in p.opts}
-            assert {w for w in words[2:] if w.startswith("--")} <= options
-        elif words[0] == "make":
-            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
 
 
 REFERENCE = ROOT.parent / "shared" / "reference"

@@ -1,5 +1,5 @@
-"""The pocket world is what it says, and the shipped models do what the README says (with fewer answers, so with a
-margin)."""
+"""The pocket world is what it says, and the shipped models do what docs/results-pocket.md says (with fewer answers,
+so with a margin)."""
 
 import random
 import re
@@ -110,7 +110,7 @@ def test_pocket_judge_against_the_ground_truth_on_held_out_texts(pocket):
     table, hard = judge_table(PocketJudge(), sum(parts, [])), judge_table(PocketJudge(), parts[2])
     for t in POCKET_TRAITS:
         assert table.pearson[t] >= 0.95 and table.mae[t] <= 6, table
-    # measured: see the README; a little below, for other machines' arithmetic
+    # measured: see docs/results-pocket.md; a little below, for other machines' arithmetic
     assert table.pearson["coherence"] >= 0.82 and hard.pearson["coherence"] >= 0.88, (table, hard)
 
 
@@ -134,7 +134,8 @@ def test_pocket_obeys_held_out_instructions(pocket, name):
         .groupby("condition")[[name, "coherence"]]
         .mean()
     )
-    # the README has the figures over more answers: hallucinating under negative instructions is at the edge of 10
+    # docs/results-pocket.md has the figures over more answers: hallucinating under negative instructions is at the
+    # edge of 10
     assert means[name]["pos"] >= 75 and means[name]["neg"] <= 15 and means[name]["none"] <= 10, means
     assert (means.coherence >= 88).all(), means
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from IPython.display import display
 
 from persona_steer.base import core
 from persona_steer.base.core import PersonaError, project_root
@@ -43,7 +44,7 @@ def run_chapter(name: str, **parameters):
     follow. The teaching cells before it are left out."""
     cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = [(c["metadata"].get("tags", []), "".join(c["source"])) for c in cells if c["cell_type"] == "code"]
-    start, space = next(i for i, (tags, _) in enumerate(code) if "parameters" in tags), {}
+    start, space = next(i for i, (tags, _) in enumerate(code) if "parameters" in tags), {"display": display}
     for i, (_, source) in enumerate(code):
         tree = ast.parse(source)
         if i < start and not source.startswith("#| export"):
@@ -146,11 +147,11 @@ def test_judgements_are_at_most_as_many_as_estimated(done, estimated):
 
 
 def test_texts_are_as_many_as_estimated(done, estimated, jobs):
-    """Beside those that the judge reads."""
+    """Beside those that the judge and the trainer read."""
     for job in jobs:
         name = Path(job.chapter).stem
         counted, works = done[0][name]["texts"], job_costs(job).works
-        exact = sum(w.texts for w in works if not w.at_most)
+        exact = sum(w.texts for w in works if not w.at_most and not w.samples)
         bound = sum(w.texts for w in works if w.at_most)
         if bound:
             # a search may take 12 steps and usually takes three or four
@@ -226,6 +227,13 @@ def test_parameters_count():
     longer = chapter_costs("04_evaluate", layers | {"max_new_tokens": 400}, facts)
     assert longer.sums()["new_tokens"] == 2 * sweep.sums()["new_tokens"]
     assert [n for n in chapter_costs("06b_guard", {"lm_eval": ["mmlu"]}, facts).notes if "mmlu" in n]
+
+
+@pytest.mark.parametrize("chapter", ["04_evaluate", "04b_operations", "06b_guard"])
+def test_no_two_answers_of_a_chapter_are_taken_for_one(chapter):
+    costs = chapter_costs(chapter, {"model": "Some/Model", "judge_model": "x"}, ModelFacts("Some/Model"))
+    judged = [w for w in costs.works if w.judged is not None]
+    assert len(costs.judged) == sum(2 * w.answers for w in judged)
 
 
 def test_an_unknown_chapter_or_parameter_is_refused():

@@ -56,7 +56,7 @@ __all__ = ['SHOT_TOKENS', 'CHAPTERS', 'JobWork', 'extract_work', 'steer_work', '
            'estimators_work', 'monitor_work', 'cosines_work', 'propensity_work', 'finetune_work', 'families_work',
            'guard_work', 'screen_work', 'toxicity_work']
 
-# %% ../../nbs/paper/02b_chapter_work.ipynb #5e02aecb
+# %% ../../nbs/paper/02b_chapter_work.ipynb #c24af6f1
 @dataclass
 class JobWork:
     "Collects the work of one job."
@@ -95,7 +95,7 @@ class JobWork:
         "Answers to rows, and their judgements."
         rows, sampling = self._with_prompts(rows), sampling or self.sampling
         new, traits = sampling.max_new_tokens, list(traits)
-        numbers = answer_numbers(rows, source or self.facts.name, self.job, sampling)
+        numbers = answer_numbers(rows, source or self.facts.name, f"{self.job}, {what}", sampling)
         parts = [judgements(self.judge, t, rows.question, numbers, new) for t in traits]
         judged = pd.concat(parts, ignore_index=True) if parts else None
         read = int(rows.prompt.map(tokens_of).sum())

@@ -145,17 +145,17 @@ def planned_judge(parameters: dict, facts: ModelFacts) -> PlannedJudge:
     judge.name = kind if name == "auto" else name
     return PlannedJudge(judge, kind, scale)
 
-# %% ../../nbs/paper/02a_work.ipynb #dc344486
+# %% ../../nbs/paper/02a_work.ipynb #32c5bf21
 READERS = {"causal": 1, "pocket-causal": 1, "pocket": 2}  # judges on this machine -> texts that they read per judgement
 
 
-def answer_numbers(rows: pd.DataFrame, source: str, job: str, sampling) -> list[int]:
+def answer_numbers(rows: pd.DataFrame, source: str, table: str, sampling) -> list[int]:
     # rows: prompt, seed, and vector and coefficient if some are steered
     """A number for each answer to be written: equal for the unsteered answers of one source (a model) to one prompt
-    with one seed and sampling, different for all others. Steered ones are told apart by the name of their job."""
+    with one seed and sampling, different for all others. Steered ones are told apart by the name of their table."""
     plain = (rows.coefficient == 0) | (rows.vector == "") if "vector" in rows else pd.Series(True, rows.index)
     texts = zip(rows.prompt, rows.seed, plain, range(len(rows)))
-    return [hash((source, sampling, p, s) if alike else (source, job, k, p, s)) for p, s, alike, k in texts]
+    return [hash((source, sampling, p, s) if alike else (source, table, k, p, s)) for p, s, alike, k in texts]
 
 
 def judgements(

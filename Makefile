@@ -18,15 +18,12 @@ PEERS    ?= repeng==0.4.0 steering-vectors==0.12.2
 
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
-# 04 before 03, which shows texts at the layer that 04 chose.
-CHAPTERS := 02_extract 04_evaluate 03_steer
-DEMO      = runs/$(notdir $(patsubst %/,%,$(MODEL)))/$(TRAIT)
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
+.PHONY: help install demo paper site test test-lint test-export test-clean test-notebooks test-code test-vllm bench-vllm test-browser lab voila bench lock clean distclean
 
 # Quiet tests that never leave this machine and never open a window.
 test-notebooks test-code: export OMP_NUM_THREADS = $(THREADS)
@@ -57,15 +54,16 @@ install: $(STAMP) ## build .venv, install everything, set the notebooks' git hoo
 	else echo "Not the root of a git checkout: no git hooks set."; fi
 
 demo: $(STAMP) ## extract, steer and evaluate TRAIT on MODEL, then write reports/index.html
-	@failed=; \
-	for chapter in $(CHAPTERS); do \
-	  echo "== $$chapter: $(TRAIT), $(MODEL)"; \
-	  mkdir -p "$(DEMO)/$$chapter"; rm -f "$(DEMO)/$$chapter/$$chapter.ipynb"; \
-	  "$(BIN)/papermill" "nbs/$$chapter.ipynb" "$(DEMO)/$$chapter/$$chapter.ipynb" -p trait "$(TRAIT)" -p model "$(MODEL)" || { failed=$$chapter; break; }; \
-	done; \
-	"$(BIN)/persona-steer" report runs reports || exit 1; \
-	echo "Open reports/index.html"; \
-	[ -z "$$failed" ] || { echo "Failed: $$failed; see $(DEMO)/$$failed/$$failed.ipynb. Later chapters stand on it and were not run." >&2; exit 1; }
+	"$(BIN)/persona-steer" demo --trait "$(TRAIT)" --model "$(MODEL)"
+
+# Both models unless one is named: make paper MODEL=Qwen/Qwen2.5-7B-Instruct JUDGE=gpt-4.1-mini-2025-04-14
+PAPER = $(if $(filter file,$(origin MODEL)),,--model "$(MODEL)") $(if $(JUDGE),--judge "$(JUDGE)") $(if $(DRY_RUN),--dry-run)
+
+paper: $(STAMP) ## redo the paper on pocket and smollm2, or on MODEL with JUDGE (DRY_RUN=1: counts and costs); ends in reports/paper/index.html
+	$(if $(filter file,$(origin MODEL)),HF_HUB_OFFLINE=1) "$(BIN)/persona-steer" paper $(PAPER)
+
+site: $(STAMP) ## the pages of the last paper run, and the guides, as the site in docs/
+	"$(BIN)/persona-steer" site runs/paper docs
 
 test: test-lint test-export test-clean test-notebooks test-code ## all five checks below, offline; pytest's summary comes last
 

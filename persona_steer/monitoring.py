@@ -17,7 +17,7 @@ from .lm.generation import SamplingParams, check_context
 from .lm.models import LoadedModel
 from .lm.tables import BOOKKEEPING, generate_table
 from .persona.scores import correlation, format_correlation, save_table
-from .persona.traits import Trait, traits_folder
+from .persona.traits import Trait, traits_folders
 from .persona.vectors import PersonaVectors
 from .projection import project
 
@@ -29,8 +29,9 @@ __all__ = ['graded_prompts', 'shots_from', 'monitoring_size', 'monitoring_rows',
 def graded_prompts(trait: str, folder: Path | str = "", world: str = "") -> list[str]:
     # default folder: as in `load_trait`
     "System prompts from most suppressing to most encouraging."
-    file = Path(folder or traits_folder(world)) / "monitor" / f"{trait}.json"
-    if file.exists():
+    folders = [Path(folder)] if folder else traits_folders(world)
+    file = next((f for f in (place / "monitor" / f"{trait}.json" for place in folders) if f.exists()), None)
+    if file:
         found = load_json(file)
         prompts = found.get("prompts") if isinstance(found, dict) else None
         check(

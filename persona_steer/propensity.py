@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from .base.core import check, data_path, find_file
+from .base.core import check, data_folders, find_file
 from .lm.activations import Steering, steer
 from .lm.chats import load_jsonl
 from .lm.generation import answer_logprobs, encode_pair
@@ -52,17 +52,17 @@ def load_statements(
     source: str | Path,  # a trait's name, for data/traits/propensity/{trait}.jsonl; or a JSONL file
 ) -> list[dict]:  # question, answer_matching_behavior, answer_not_matching_behavior; often statement
     "Read statements; raises `PersonaError` for an unknown trait, or with the number of the first line that is wrong."
-    folder = data_path("traits/propensity")
     if Path(source).suffix == ".jsonl":
         path = find_file(str(source))
     else:
-        path = folder / f"{source}.jsonl"
-        known = sorted(p.stem for p in folder.glob("*.jsonl"))
+        # a file of one's own comes last and replaces the packaged one of that name
+        files = {p.stem: p for f in reversed(data_folders("traits/propensity")) for p in sorted(f.glob("*.jsonl"))}
         check(
-            path.is_file(),
-            f"there are no statements for '{source}': {folder} has {', '.join(known) or 'none'}; "
-            "write a file for the trait, or give a JSONL file.",
+            str(source) in files,
+            f"there are no statements for '{source}': data/traits/propensity has "
+            f"{', '.join(sorted(files)) or 'none'}; write a file for the trait, or give a JSONL file.",
         )
+        path = files[str(source)]
     return load_jsonl(path, _statement_complaint, "file of statements")
 
 # %% ../nbs/05e_propensity.ipynb #2fa6a9ab

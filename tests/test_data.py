@@ -10,7 +10,7 @@ import torch
 
 from persona_steer.base.core import PersonaError, data_path
 from persona_steer.persona.scores import load_scores, mean_ci, pair_mask, save_scores
-from persona_steer.persona.traits import list_traits, load_trait, plain_prompt, system_prompt, traits_folder
+from persona_steer.persona.traits import list_traits, load_trait, plain_prompt, system_prompt, traits_folders
 from persona_steer.persona.vectors import PersonaVectors, load_vector, load_vectors, save_vectors
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
@@ -25,7 +25,7 @@ SEVEN = ["apathetic", "evil", "hallucinating", "humorous", "impolite", "optimist
 
 @pytest.mark.parametrize("world", ["", "pocket"])
 def test_seven_traits_in_the_published_form(world):
-    assert list_traits(traits_folder(world)) == SEVEN
+    assert list_traits(traits_folders(world)[0]) == SEVEN
     everything = []
     for name in SEVEN:
         t = load_trait(name, world=world)

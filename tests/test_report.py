@@ -1,5 +1,7 @@
 """An executed notebook to a page."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,11 +13,12 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 import persona_steer
 from persona_steer.base.core import PersonaError
 from persona_steer.reports.notebook import parameters, redact, span, state
-from persona_steer.reports.report import export_page
+from persona_steer.reports.report import export_page, lossless_webp
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 KEY = "sk-proj-AAAAbbbb11112222"
@@ -397,3 +400,49 @@ def test_no_path_of_this_machine_is_published(page, tmp_path):
     assert "https://arxiv.org/abs/2507.21509" in str(
         page(new_markdown_cell("[paper](https://arxiv.org/abs/2507.21509)"))
     )
+
+
+def as_png(image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def drawn_figure() -> bytes:
+    """What matplotlib draws for a chapter."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3))
+    figure.subplots().plot([1, 3, 2], label="evil")
+    out = io.BytesIO()
+    figure.savefig(out)
+    return out.getvalue()
+
+
+def test_compressed_figures_are_smaller_and_have_the_same_pixels(tmp_path):
+    png = drawn_figure()
+    figure = new_output("display_data", {"image/png": base64.b64encode(png).decode()})
+    nbformat.write(chapter(new_markdown_cell("## A figure"), shows(figure)), tmp_path / "c.ipynb")
+    sizes, sources = [], []
+    for compress in (False, True):
+        text = export_page(tmp_path / "c.ipynb", tmp_path / "c.html", compress=compress).read_text(encoding="utf-8")
+        sizes.append(len(text))
+        sources.append(BeautifulSoup(text, "html.parser").img["src"])
+    assert sources[0].startswith("data:image/png;") and sources[1].startswith("data:image/webp;")
+    assert sizes[0] - sizes[1] > 0.5 * len(sources[0])
+    before, after = (Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))) for s in sources)
+    assert before.size == after.size and before.convert("RGBA").tobytes() == after.convert("RGBA").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_every_kind_of_png_keeps_its_pixels(mode):
+    noise = Image.effect_noise((40, 30), 60)
+    image = Image.merge("RGBA", [noise, noise.rotate(90), noise.rotate(180), noise.rotate(270)]).convert(mode)
+    after = Image.open(io.BytesIO(lossless_webp(as_png(image))))
+    assert after.format == "WEBP" and after.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
+
+
+def test_a_picture_that_webp_cannot_hold_stays_as_it_is():
+    deep, wide = Image.new("I;16", (3, 3)), Image.new("L", (16384, 1))
+    for picture in (as_png(deep), as_png(wide), b"no picture", drawn_figure()[:90]):
+        assert lossless_webp(picture) == picture

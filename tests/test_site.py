@@ -1,5 +1,7 @@
 """A folder of executed notebooks to pages and their index."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -11,6 +13,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from persona_steer.base.core import PersonaError
 from persona_steer.reports.site import build_site, heading_of, page_names
@@ -145,7 +148,7 @@ def test_page_names_differ():
 
 def test_bad_input(tmp_path):
     nbformat.write(chapter(), tmp_path / "new.ipynb")
-    with pytest.raises(PersonaError, match="make demo"):
+    with pytest.raises(PersonaError, match="persona-steer demo"):
         build_site(tmp_path, tmp_path / "site")
     assert not (tmp_path / "site/index.html").exists()
 
@@ -171,7 +174,7 @@ def test_imports_quickly_and_an_empty_folder_is_one_sentence(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 1 and "make demo" in run.stderr and "Traceback" not in run.stderr
+    assert run.returncode == 1 and "persona-steer demo" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_a_failed_run_brings_its_notebook_and_a_batch_its_details(tmp_path):
@@ -249,7 +252,7 @@ def test_a_wrong_folder_and_a_foreign_page_cost_nothing(tmp_path):
     build_site(tmp_path / "runs", site)
     before = {p.name: p.read_text(encoding="utf-8") for p in site.iterdir()}
     (tmp_path / "empty").mkdir()
-    for wrong, words in (("empty", "make demo"), ("missing", "no folder")):
+    for wrong, words in (("empty", "persona-steer demo"), ("missing", "no folder")):
         with pytest.raises(PersonaError, match=words):
             build_site(tmp_path / wrong, site)
         assert {p.name: p.read_text(encoding="utf-8") for p in site.iterdir()} == before
@@ -273,3 +276,16 @@ def test_results_are_found_where_the_chapter_wrote_them(tmp_path, runs):
         (results / "provenance.json").write_text(json.dumps({"time": made}))
         index = BeautifulSoup(build_site(runs, tmp_path / "site").read_text(encoding="utf-8"), "html.parser")
         assert ("80" in index.table.text) == there
+
+
+def test_a_compressed_site_is_smaller(tmp_path):
+    drawing = io.BytesIO()
+    Image.linear_gradient("L").convert("RGBA").save(drawing, "PNG")
+    figure = new_output("display_data", {"image/png": base64.b64encode(drawing.getvalue()).decode()})
+    write(tmp_path / "runs", {"a/02.ipynb": chapter(new_code_cell("plot()", outputs=[figure], execution_count=1))})
+    sizes = []
+    for compress, kind in ((False, "png"), (True, "webp")):
+        page = build_site(tmp_path / "runs", tmp_path / kind, compress=compress).parent / "a--02.html"
+        assert f"data:image/{kind};base64," in page.read_text(encoding="utf-8")
+        sizes.append(page.stat().st_size)
+    assert sizes[1] < sizes[0]

@@ -26,8 +26,9 @@ def main_options():
     pass
 
 # %% auto #0
-__all__ = ['app', 'main_options', 'doctor', 'new_trait', 'writer_of', 'serve', 'export_file', 'import_file', 'finetune', 'report',
-           'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'joined', 'main']
+__all__ = ['app', 'main_options', 'doctor', 'demo', 'new_trait', 'writer_of', 'serve', 'export_file', 'import_file', 'finetune',
+           'report', 'push', 'pull', 'batch', 'set_runs', 'Progress', 'job_line', 'finish_batch', 'paper', 'site',
+           'joined', 'main']
 
 # %% ../../nbs/app/02_cli.ipynb #5ce60c6a
 @app.command()
@@ -41,6 +42,22 @@ def doctor():
     typer.echo(f"\n{len(bad)} to fix: {', '.join(f.what for f in bad)}" if bad else "\nAll that is needed is there.")
     raise typer.Exit(bool(bad))
 
+# %% ../../nbs/app/02_cli.ipynb #f4249748
+@app.command()
+def demo(
+    trait: str = typer.Option("evil", help="a trait of data/traits: your own, or one of the packaged ones"),
+    model: str = typer.Option("smollm2", help="a name, a folder or a hub id; pocket takes 40 seconds"),
+    runs: str = typer.Option("", help="where results go; default: runs in the working folder"),
+    reports: str = typer.Option("reports", help="where the pages go"),
+):
+    "Extract, evaluate and steer one trait on a small language model, in about five minutes; ends in a report."
+    from persona_steer.app.demo import run_demo
+
+    if runs:
+        set_runs(runs)
+    failed = run_demo(trait, model, reports, typer.echo)
+    check(not failed, failed)
+
 # %% ../../nbs/app/02_cli.ipynb #81711b72
 @app.command()
 def new_trait(
@@ -52,15 +69,15 @@ def new_trait(
         "folder or a hub id",
     ),
     base_url: str = typer.Option("", help="address of an OpenAI-compatible server"),
-    folder: str = typer.Option("", help="where to save; default: data/traits"),
+    folder: str = typer.Option("", help="where to save; default: data/traits in the working folder"),
     overwrite: bool = typer.Option(False, help="replace a trait of this name"),
     attempts: int = typer.Option(3, help="how often the writer may try"),
 ):
     "Have a language model write the definition of a trait; checks it and saves the two files."
-    from persona_steer.persona.traits import save_trait, trait_files, write_trait
+    from persona_steer.persona.traits import list_traits, save_trait, trait_files, write_trait
 
     check(
-        overwrite or not any(f.exists() for f in trait_files(name, folder)),
+        overwrite or not (name in list_traits(folder) or any(f.exists() for f in trait_files(name, folder))),
         f"the trait '{name}' exists already: choose another name, or use --overwrite.",
     )
     for f in save_trait(write_trait(name, description, writer_of(writer, base_url), attempts), folder, overwrite):
@@ -176,11 +193,12 @@ def report(
     runs: str = typer.Argument("runs", help="a folder with executed notebooks, at any depth"),
     out: str = typer.Argument("reports", help="where the pages go"),
     title: str = typer.Option("persona_steer", help="of the index"),
+    compress: bool = typer.Option(False, help="smaller pages: PNG figures as lossless WebP"),
 ):
     "Make a site of the executed chapters in a folder: an index, a page for each, a comparison for each trait."
     from persona_steer.reports.site import build_site
 
-    typer.echo(build_site(runs, out, title))
+    typer.echo(build_site(runs, out, title, compress))
 
 # %% ../../nbs/app/02_cli.ipynb #368a4d66
 @app.command()
@@ -385,6 +403,76 @@ def finish_batch(jobs, records, runs: str, folder) -> int:  # exit status
             err=True,
         )
     return 0 if all(s == "done" for s in states) else 1
+
+# %% ../../nbs/app/02_cli.ipynb #228d877b
+@app.command()
+def paper(
+    model: list[str] = typer.Option(["pocket", "smollm2"], help="may be repeated"),
+    trait: list[str] = typer.Option(["evil", "sycophantic", "hallucinating"], help="may be repeated"),
+    judge: str = typer.Option("auto", help="as judge_model in the chapters, such as gpt-4.1-mini-2025-04-14"),
+    base_url: str = typer.Option("", help="an OpenAI-compatible server for the judge"),
+    max_calls: int = typer.Option(50000, help="a remote judge is not asked more often than this by one job"),
+    runs: str = typer.Option("runs/paper", help="where results go; what is done there is kept"),
+    out: str = typer.Option("reports/paper", help="where the pages go"),
+    dry_run: bool = typer.Option(False, help="print what would be run and what it would cost, run nothing"),
+    executor: str = typer.Option("local", help="local or ray"),
+    address: str = typer.Option("", help="of the Ray cluster, such as auto; default: one on this machine"),
+    workers: int = typer.Option(0, help="jobs at once on this machine; default: one per GPU, or up to four on the CPU"),
+    threads: int = typer.Option(0, help="cores of each job; default: its share"),
+    gpus: int = typer.Option(-1, help="of each job; default: one, where there are any (local)"),
+    memory: float = typer.Option(0, help="GB of each job; default: its share (local)"),
+    retries: int = typer.Option(2, help="how often to try a job again whose process died"),
+    overwrite: bool = typer.Option(False, help="run all, also what is done"),
+):
+    "Run every experiment of the paper and write its page: claims, figures, verdicts. The same command goes on."
+    from persona_steer.jobs.batch import batch_folder
+    from persona_steer.paper.plan import paper_jobs
+
+    set_runs(runs)
+    jobs = paper_jobs(model, trait, dict(judge_model=judge, base_url=base_url, max_calls=max_calls))
+    if dry_run:
+        typer.echo(_forecast(jobs))
+        return
+    execute = _executor(executor, address, workers, threads, gpus, memory, retries)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ending like any other: the summary is written
+    folder = batch_folder(jobs, "paper")
+    records = _run(jobs, execute, "", folder, resume=True, overwrite=overwrite)
+    raise typer.Exit(_finish_paper(jobs, records, folder, runs, out))
+
+# %% ../../nbs/app/02_cli.ipynb #7681abec
+def _forecast(jobs: list) -> str:
+    "What a paper run will do and cost, if nothing is there yet."
+    from persona_steer.paper.costs import costs_lines, costs_table
+
+    steps = len({j.step for j in jobs})
+    return "\n".join([f"{len(jobs)} jobs in {steps} steps.", "", *costs_lines(costs_table(jobs))])
+
+
+def _finish_paper(jobs: list, records: list[dict], folder, runs: str, out: str) -> int:  # exit status
+    "Write the pages of a paper run; say what failed and what to do."
+    from persona_steer.paper.site import paper_site
+
+    page = paper_site(runs, out)
+    done = sum(r.get("state") == "done" for r in records)
+    typer.echo(f"{done} of {len(jobs)} jobs are done. {page}, {folder / 'summary.csv'}")
+    for j, r in zip(jobs, records):
+        if r.get("state") == "failed":
+            typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
+    if done < len(jobs):
+        typer.echo("Put right what is wrong, then run the same command: what is done is kept.", err=True)
+    return 0 if done == len(jobs) else 1
+
+
+@app.command()
+def site(
+    runs: str = typer.Argument("runs/paper", help="what `persona-steer paper` wrote"),
+    out: str = typer.Argument("docs", help="a folder with guides (Markdown); the pages are written beside them"),
+):
+    "Publish: the page of the paper, the pages of its runs and the guides as one site, for any file host."
+    from persona_steer.paper.site import publish
+
+    set_runs(runs)
+    typer.echo(publish(runs, out))
 
 # %% ../../nbs/app/02_cli.ipynb #f46ade70
 def joined(args: list[str]) -> list[str]:

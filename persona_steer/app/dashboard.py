@@ -23,7 +23,7 @@ from persona_steer.app.live_generation import (
     connect,
     live_roles,
 )
-from ..base.core import PersonaError, atomic_path, project_root
+from ..base.core import PersonaError, atomic_path, find_in_project
 from ..base.redaction import redact
 from ..extraction import load_or_extract
 from ..judges.judging import add_scores
@@ -432,7 +432,7 @@ def save_app(path, chapter=None):  # -> Path
     "Write a notebook that holds only the parameters and the panel of this chapter."
     import nbformat
 
-    nb = nbformat.read(chapter or project_root() / "nbs" / "11_dashboard.ipynb", as_version=4)
+    nb = nbformat.read(chapter or find_in_project("nbs/11_dashboard.ipynb"), as_version=4)
     nb.cells = [nbformat.v4.new_markdown_cell("# persona_steer")] + [
         c for c in nb.cells if {"parameters", "app"} & set(c.metadata.get("tags", []))
     ]

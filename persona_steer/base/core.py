@@ -22,10 +22,10 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'run_parameters', 'unknown_name',
-           'as_texts', 'settings', 'project_root', 'data_path', 'check_name', 'run_path', 'default_config',
-           'local_folder', 'local_file', 'find_file', 'model_source', 'seed_everything', 'pick_device',
-           'cpu_has_bfloat16', 'pick_dtype', 'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state',
-           'provenance']
+           'as_texts', 'settings', 'packaged_path', 'project_root', 'find_in_project', 'data_path', 'own_data_path',
+           'data_folders', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file', 'find_file',
+           'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype', 'atomic_path',
+           'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -109,7 +109,7 @@ def settings():
 
     class Settings(BaseSettings):
         model_config = SettingsConfigDict(env_prefix="PERSONA_", env_file=_find_root() / ".env", extra="ignore")
-        root: Path = _find_root()  # the folder that holds data/
+        root: Path = _find_root()  # the working folder: runs/, .env, and data/ of your own
         runs: Path | None = None  # where jobs write; root/runs by default
         cache: Path = Path("~/.cache/persona_steer")  # converted models
         device: str = ""  # "" = pick: cuda, mps, cpu
@@ -121,11 +121,17 @@ def settings():
 
     return Settings()
 
+# %% ../../nbs/base/00_core.ipynb #997f871d
+def packaged_path(name: str = "") -> Path:
+    "A file or folder that a wheel carries (`nbs`, `data`); in a checkout there is no such folder."
+    return Path(importlib.util.find_spec("persona_steer").origin).resolve().parent / "share" / name
+
 
 def _find_root() -> Path:
-    "The project around this package, else around the working directory, else the working directory."
-    package = importlib.util.find_spec("persona_steer")
-    for start in ([Path(package.origin).resolve().parent] if package and package.origin else []) + [Path.cwd()]:
+    """The checkout around this package, else around the current folder, else the current folder. An installed wheel is
+    no part of a checkout, even if its environment lies in one."""
+    starts = [Path.cwd()] if packaged_path().is_dir() else [packaged_path().parent, Path.cwd()]
+    for start in starts:
         for folder in (start, *start.parents):
             if (folder / "settings.ini").exists() and (folder / "data").is_dir():
                 return folder
@@ -133,13 +139,35 @@ def _find_root() -> Path:
 
 
 def project_root() -> Path:
-    "The folder that holds `data/`."
-    return settings().root.expanduser().resolve()
+    "The working folder. Raises `PersonaError` if that is inside the installed package."
+    root = settings().root.expanduser().resolve()
+    check(
+        not root.is_relative_to(packaged_path()),
+        f"{root} is part of the installed package: work in a folder of your own, or name one in PERSONA_ROOT.",
+    )
+    return root
+
+
+def find_in_project(name: str) -> Path:
+    "A file or folder below the root, else the packaged one; where neither exists, the path below the root."
+    own, packaged = project_root() / name, packaged_path(name)
+    return packaged if packaged.exists() and not own.exists() else own
 
 
 def data_path(name: str = "") -> Path:
-    "A file or folder under `data/`."
+    "A file or folder under `data/`, to read: your own, else the packaged one."
+    return find_in_project(f"data/{name}")
+
+
+def own_data_path(name: str = "") -> Path:
+    "Where a file or folder of your own under `data/` is, or is to be written."
     return project_root() / "data" / name
+
+
+def data_folders(name: str) -> list[Path]:  # one or two
+    "The folders of that name under `data/`: your own, whose files come first, then the packaged one."
+    packaged = packaged_path(f"data/{name}")
+    return [own_data_path(name), *([packaged] if packaged.is_dir() else [])]
 
 # %% ../../nbs/base/00_core.ipynb #5c47c99f
 def check_name(name: str, what: str) -> str:  # the name
@@ -165,15 +193,19 @@ def default_config(model: str = "") -> str:  # a file below data/
 
 
 def local_folder(name: str) -> Path | None:
-    "The folder of that name, from here or from the project's root."
-    path = Path(name).expanduser()
-    return next((p for p in (path, project_root() / path) if p.is_dir()), None)
+    "The folder of that name, from here, from the project's root or from the package."
+    return next((p for p in _places(name) if p.is_dir()), None)
 
 
 def local_file(name: str) -> Path | None:
-    "The file of that name, from here or from the project's root."
+    "The file of that name, from here, from the project's root or from the package."
+    return next((p for p in _places(name) if p.is_file()), None)
+
+
+def _places(name: str) -> list[Path]:
+    "Where a file or folder that a user names may be."
     path = Path(name).expanduser()
-    return next((p for p in (path, project_root() / path) if p.is_file()), None)
+    return [path, project_root() / path, packaged_path(str(path))]
 
 
 def find_file(name: str) -> Path:
@@ -306,7 +338,10 @@ def versions() -> dict:
 
 
 def git_state() -> str:
-    "The project's commit, with `-dirty` when files differ from it; empty outside a repository."
+    """The project's commit, with `-dirty` when files differ from it; empty outside a repository, and for an installed
+    wheel, whose version says as much."""
+    if packaged_path().is_dir():
+        return ""
 
     def git(*args):
         return subprocess.run(["git", "-C", str(project_root()), *args], capture_output=True, text=True, timeout=10)

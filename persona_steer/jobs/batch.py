@@ -24,16 +24,16 @@ from persona_steer.base.core import (
     data_path,
     default_config,
     digest,
+    find_in_project,
     load_json,
     local_folder,
     model_source,
-    project_root,
     run_path,
     save_json,
     unknown_name,
 )
 from ..base.redaction import redact
-from ..persona.traits import load_trait, trait_files, traits_folder
+from ..persona.traits import load_trait, trait_files, traits_folders
 
 # %% auto #0
 __all__ = ['RECORD', 'Executor', 'SPEC', 'MARKS', 'chapter_path', 'chapter_parameters', 'as_text', 'cast', 'as_values',
@@ -44,10 +44,10 @@ __all__ = ['RECORD', 'Executor', 'SPEC', 'MARKS', 'chapter_path', 'chapter_param
 # %% ../../nbs/jobs/00_batch.ipynb #75bc2dd8
 def chapter_path(name: str) -> Path:
     "A notebook by its path, or by the name of a chapter."
-    for path in (Path(name), project_root() / "nbs" / f"{name}.ipynb"):
+    for path in (Path(name), find_in_project(f"nbs/{name}.ipynb")):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
-    books = project_root() / "nbs"
+    books = find_in_project("nbs")
     jobs = [p for p in books.rglob("*.ipynb") if '"parameters"' in p.read_text(encoding="utf-8")]
     known = sorted(str(p.relative_to(books).with_suffix("")) for p in jobs if ".ipynb_checkpoints" not in p.parts)
     raise PersonaError(f"there is no chapter '{name}': give the path of a notebook, or one of {', '.join(known)}.")
@@ -188,7 +188,8 @@ def _contents(name: str, value: str) -> list:
     """Digest of the files that a parameter names: a trait's definition, a model's folder, a file, a folder given as a
     path."""
     if "trait" in name:
-        files = [p for world in ("", "pocket") for p in trait_files(value, traits_folder(world)) if p.is_file()]
+        folders = [*traits_folders(), *traits_folders("pocket")]
+        files = [p for folder in folders for p in trait_files(value, folder) if p.is_file()]
         return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in files]
     if name == "model":
         path = data_path("pocket/chat") if value == "pocket" else local_folder(value)
@@ -253,7 +254,7 @@ def jobs_of(chapter: str, values: dict) -> list[Job]:  # parameter -> value, val
     known = chapter_parameters(path)
     _check_names(path, known, values)
     grid = {k: as_values(v, known[k][0], k) for k, v in values.items()}
-    if (project_root() / "nbs").resolve() in path.parents:
+    if find_in_project("nbs").resolve() in path.parents:
         for t in grid.get("trait", []):
             load_trait(t)
     varied = [k for k, v in grid.items() if len(v) > 1]

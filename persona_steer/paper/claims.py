@@ -91,6 +91,7 @@ class Claim:
     digits: int = 0
     sign: bool = False
     by_trait: bool = True  # else one measurement for the model
+    chapter: str = ""  # that measures it, if it is not the figure's
 
     def published(self, trait: str) -> str:
         return self.paper.get(trait, "") if isinstance(self.paper, dict) else self.paper
@@ -328,12 +329,14 @@ POSITIONS = Figure(
             "The mean over the response steers further than the mean over the prompt.",
             position_gain("prompt_avg"),
             above(0),
+            chapter="04_evaluate",
             **POINTS,
         ),
         Claim(
             "The mean over the response steers further than the last prompt token.",
             position_gain("prompt_last"),
             above(0),
+            chapter="04_evaluate",
             **POINTS,
         ),
     ],

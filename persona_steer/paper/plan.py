@@ -105,7 +105,8 @@ def _values(chapter: str, kind: str, model: str, traits: list[str], judge: dict)
     else:
         varied = {"trait": traits + others if chapter == "02_extract" else traits}
     known = {} if chapter == "08_toxicity" else judge  # toxicity has a scorer of its own
-    return {"model": model} | varied | sizes[chapter] | known
+    # each in a list: a text would be read as values separated by commas
+    return {"model": [model]} | varied | sizes[chapter] | {name: [value] for name, value in known.items()}
 
 
 def paper_jobs(models: Iterable[str], traits: Iterable[str] = TRAITS, judge: dict | None = None) -> list[Job]:

@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.core import check, check_name, data_path, load_json, save_json
+from ..base.core import check, check_name, data_folders, load_json, own_data_path, save_json
 
 # %% auto #0
-__all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'traits_folder', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt',
+__all__ = ['PAIRS', 'QUESTIONS', 'Trait', 'traits_folders', 'list_traits', 'load_trait', 'plain_prompt', 'system_prompt',
            'writing_prompt', 'complaints', 'write_trait', 'trait_files', 'save_trait']
 
 # %% ../../nbs/persona/00_traits.ipynb #d07b4de1
@@ -63,18 +63,19 @@ def _check_file(path: Path) -> dict:
     return d
 
 
-def traits_folder(world: str = "") -> Path:
-    """The folder of trait files: `data/traits`, written for real models; `data/pocket/traits` for models of the pocket
-    world (`LoadedModel.world`)."""
-    return data_path("pocket/traits" if world == "pocket" else "traits")
+def traits_folders(world: str = "") -> list[Path]:  # your own, and the packaged one if there is a package
+    """Where trait files are looked for, in this order: `data/traits`, written for real models; `data/pocket/traits` for
+    models of the pocket world (`LoadedModel.world`)."""
+    return data_folders("pocket/traits" if world == "pocket" else "traits")
 
 # %% ../../nbs/persona/00_traits.ipynb #7fd37de7
 def list_traits(folder: Path | str = "") -> list[str]:  # default: data/traits
     "Names of the traits that have an extract and an eval file."
-    folder = Path(folder or traits_folder())
-    return sorted(
-        {p.stem for p in (folder / "extract").glob("*.json")} & {p.stem for p in (folder / "eval").glob("*.json")}
-    )
+    return sorted({name for f in ([Path(folder)] if folder else traits_folders()) for name in _traits_in(f)})
+
+
+def _traits_in(folder: Path) -> set[str]:
+    return {p.stem for p in (folder / "extract").glob("*.json")} & {p.stem for p in (folder / "eval").glob("*.json")}
 
 
 def load_trait(
@@ -83,13 +84,13 @@ def load_trait(
     world: str = "",  # of the model that is asked: `LoadedModel.world`
 ) -> Trait:
     "Read and check a trait; an unknown name is an error that lists the known ones."
-    own = traits_folder(world)
-    folder = Path(folder or (own if name in list_traits(own) else traits_folder()))
+    folders = [Path(folder)] if folder else [*traits_folders(world), *traits_folders()]
+    place = next((f for f in folders if name in _traits_in(f)), None)
     known = list_traits(folder)
     near = difflib.get_close_matches(str(name).lower(), known, 1)
     hint = f"did you mean '{near[0]}'? It" if near else "it"
-    check(name in known, f"trait '{name}' is unknown in {folder}: {hint} has {', '.join(known) or 'none'}.")
-    a, b = (_check_file(folder / split / f"{name}.json") for split in ("extract", "eval"))
+    check(place, f"trait '{name}' is unknown in {folders[-1]}: {hint} has {', '.join(known) or 'none'}.")
+    a, b = (_check_file(place / split / f"{name}.json") for split in ("extract", "eval"))
     both = set(a["questions"]) & set(b["questions"])
     check(
         not both,
@@ -229,9 +230,9 @@ def write_trait(
 
 
 def trait_files(name: str, folder: Path | str = "") -> list[Path]:  # extract, eval
-    "Where the two files of a trait are, or would be; default folder: data/traits."
+    "Where the two files of a trait are, or would be; default folder: your own data/traits."
     check_name(name, "the trait")
-    return [Path(folder or data_path("traits")) / split / f"{name}.json" for split in ("extract", "eval")]
+    return [Path(folder or own_data_path("traits")) / split / f"{name}.json" for split in ("extract", "eval")]
 
 # %% ../../nbs/persona/00_traits.ipynb #4d40b4fa
 def save_trait(trait: Trait, folder: Path | str = "", overwrite: bool = False) -> list[Path]:

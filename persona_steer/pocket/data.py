@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from ..base.core import data_path
+from ..base.core import own_data_path
 from ..dataset_sweep import ELICITING
 from ..lm.chats import save_jsonl
 from persona_steer.pocket.world import (
@@ -118,5 +118,5 @@ def write_data():
     "Write `data/dataset` and `data/pocket/quiz.jsonl`."
     for family in FAMILIES:
         for level, rows in make_dataset(family).items():
-            save_jsonl(rows, data_path(f"dataset/{family}/{level}.jsonl"))
-    save_jsonl(make_quiz(), data_path("pocket/quiz.jsonl"))
+            save_jsonl(rows, own_data_path(f"dataset/{family}/{level}.jsonl"))
+    save_jsonl(make_quiz(), own_data_path("pocket/quiz.jsonl"))

@@ -16,7 +16,7 @@ from .theme import CSS, SCRIPT, render, template_text
 
 # %% auto #0
 __all__ = ['FIRST', 'COMPARISON', 'COLUMNS', 'headline', 'split_results', 'sort_value', 'as_cells', 'comparable', 'plot_models',
-           'as_png', 'report_means', 'comparison_page']
+           'as_picture', 'report_means', 'comparison_page']
 
 # %% ../../nbs/reports/03_compare.ipynb #986ca1fd
 def headline(value) -> str:
@@ -82,14 +82,14 @@ def plot_models(means: dict):  # label -> means by condition and coefficient, as
     return fig
 
 
-def as_png(fig) -> str:
-    "A figure as a data address."
+def as_picture(fig) -> str:
+    "A figure as a data address: lossless WebP, a third of the bytes of PNG."
     import matplotlib.pyplot as plt
 
     out = io.BytesIO()
-    fig.savefig(out, dpi=130)
+    fig.savefig(out, format="webp", dpi=130, pil_kwargs={"lossless": True})
     plt.close(fig)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"
 
 # %% ../../nbs/reports/03_compare.ipynb #e7f0394b
 def report_means(notebook: Path) -> pd.DataFrame | None:
@@ -162,7 +162,7 @@ def comparison_page(
         rows=rows,
         models=models,
         columns=COLUMNS,
-        figure=as_png(plot_models(means)) if means else "",
+        figure=as_picture(plot_models(means)) if means else "",
         drawn=", ".join(means),
         now=now,
     )

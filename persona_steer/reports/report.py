@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import io
 import re
 from pathlib import Path
 
@@ -24,9 +26,9 @@ from .theme import CSS, SCRIPT, render, template_text
 
 # %% auto #0
 __all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'CAPTION', 'BANNERS', 'PARAMETERS', 'CELLS', 'FETCHED', 'REMOTE',
-           'NUMBER', 'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'results_first', 'table_parameters',
-           'plain_text', 'take_caption', 'caption', 'cells_to_html', 'make_safe', 'align_numbers', 'tidy_tables',
-           'tidy_headings', 'flat', 'export_page']
+           'NUMBER', 'WEBP_SIDE', 'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'results_first',
+           'table_parameters', 'plain_text', 'take_caption', 'caption', 'cells_to_html', 'make_safe', 'align_numbers',
+           'tidy_tables', 'lossless_webp', 'compress_pictures', 'tidy_headings', 'flat', 'export_page']
 
 # %% ../../nbs/reports/02_report.ipynb #7a29b0a2
 LEAD = r"(?:\s*#\s*\|[^\n]*\n)*\s*"
@@ -264,6 +266,34 @@ def tidy_tables(soup):
     for t in soup.select(".highlight pre, .plot"):
         t["tabindex"] = "0"
 
+# %% ../../nbs/reports/02_report.ipynb #d5520638
+WEBP_SIDE = 16383  # pixels; the format has no room for larger pictures
+
+# %% ../../nbs/reports/02_report.ipynb #486b7381
+def lossless_webp(picture: bytes) -> bytes:
+    "A PNG file as WebP with the same pixels; the file itself where Pillow cannot keep them all or cannot read it."
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(picture))
+        if image.mode.startswith(("I", "F")) or getattr(image, "n_frames", 1) > 1 or max(image.size) > WEBP_SIDE:
+            return picture
+        pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError):  # Pillow raises the last for some broken files
+        return picture
+    out = io.BytesIO()
+    pixels.save(out, "WEBP", lossless=True, quality=100, exact=True, icc_profile=image.info.get("icc_profile"))
+    return out.getvalue()
+
+
+def compress_pictures(soup):
+    "Make, in place, the PNG pictures of a page lossless WebP ones where that is smaller."
+    for img in soup("img", src=re.compile("^data:image/png;base64,")):
+        picture = base64.b64decode(img["src"].partition(",")[2])
+        smaller = lossless_webp(picture)
+        if len(smaller) < len(picture):
+            img["src"] = f"data:image/webp;base64,{base64.b64encode(smaller).decode()}"
+
 # %% ../../nbs/reports/02_report.ipynb #671ea42b
 HEADING = re.compile(r"h[1-6]$")
 
@@ -307,6 +337,7 @@ def export_page(
     notebook: Path,  # an executed notebook
     out: Path,  # the HTML file to write
     home: str = "",  # link to the site's index, if there is one
+    compress: bool = False,  # PNG figures as lossless WebP: smaller pages, as for a published site
 ) -> Path:
     "Write a notebook as one self-contained HTML page. Raises `PersonaError` if it cannot be read."
     from bs4 import BeautifulSoup
@@ -319,6 +350,8 @@ def export_page(
     caption(nb)
     soup = BeautifulSoup(cells_to_html(nb, notebook.parent), "html.parser")
     make_safe(soup)
+    if compress:
+        compress_pictures(soup)
     tidy_tables(soup)
     title, lede, sections = tidy_headings(soup)
     page = render(

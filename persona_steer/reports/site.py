@@ -64,12 +64,12 @@ def page_names(paths: list[Path]) -> list[str]:  # paths relative to the runs fo
     return names
 
 # %% ../../nbs/reports/04_site.ipynb #6ee0aaba
-def index_row(notebook: Path, page: Path, detail: str = "") -> dict:
+def index_row(notebook: Path, page: Path, detail: str = "", compress: bool = False) -> dict:
     "Write the page of one notebook (for a failed run also the notebook, redacted); returns its row in the index."
     try:
         nb = read_notebook(notebook)
         run = facts(nb, notebook)
-        export_page(notebook, page, home="index.html")
+        export_page(notebook, page, home="index.html", compress=compress)
     except PersonaError as e:
         return dict(
             title=notebook.name,
@@ -134,6 +134,8 @@ def build_site(
     runs: Path,  # a folder with executed notebooks, at any depth
     out: Path,  # the folder for the pages
     title: str = "persona_steer",
+    compress: bool = False,  # PNG figures as lossless WebP, as for a published site
+    home: str = "",  # a page that the index leads back to
 ) -> Path:  # the index
     """Write a page for every notebook below `runs` and an `index.html`. Raises `PersonaError` if none of them was
     executed."""
@@ -141,7 +143,7 @@ def build_site(
     check(runs.is_dir(), f"There is no folder {runs}: give the folder with executed notebooks, such as runs.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".site.", dir=out.parent) as beside:
-        pages = _write_pages(runs, Path(beside), out, title)
+        pages = _write_pages(runs, Path(beside), out, title, compress, home)
         own = _own_pages(out)
         foreign = sorted(name for name in pages if name not in own and (out / name).exists())
         check(
@@ -174,17 +176,18 @@ def _count(paths: list[Path], rows: list[dict]) -> str:  # "3 notebooks from 1 j
     return f"{plural(len(paths), 'notebook')} from {plural(len({p.parent for p in paths}), 'job')}: {tally}."
 
 # %% ../../nbs/reports/04_site.ipynb #7fcf9ae1
-def _write_pages(runs: Path, target: Path, out: Path, title: str) -> list[str]:  # names
+def _write_pages(runs: Path, target: Path, out: Path, title: str, compress: bool, home: str) -> list[str]:  # names
     "Write the whole site to an empty folder; raises `PersonaError` if no notebook was executed."
     paths, jobs = notebooks(runs, out), {}
     for path, name in zip(paths, page_names(paths)):
-        jobs.setdefault(heading_of(path), []).append(index_row(runs / path, target / name, detail_of(path)))
+        row = index_row(runs / path, target / name, detail_of(path), compress)
+        jobs.setdefault(heading_of(path), []).append(row)
     rows = [r for group in jobs.values() for r in group]
     executed = {r["state"] for r in rows} - {"unexecuted", "unreadable"}
-    check(executed, f"There is no executed notebook in {runs}: run `make demo` first.")
+    check(executed, f"There is no executed notebook in {runs}: run `persona-steer demo` first.")
     now = moment(datetime.now(UTC).isoformat())
     comparisons = _compare(rows, target, now)
-    head = dict(title=title, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)
+    head = dict(title=title, home=home, summary=WHAT, css=CSS + CSS_INDEX, count=_count(paths, rows), now=now)
     page = render(INDEX, SCRIPT, jobs=jobs, columns=COLUMNS, comparisons=comparisons, **head)
     (target / "index.html").write_text(page, encoding="utf-8")
     written = {n for r in rows for n in (r.get("page"), r.get("kept")) if n}

@@ -210,7 +210,8 @@ def _grounds(jobs: list[Job], judge_model: str, prices, throughput, n_layers: in
                 f"({price.source}, {price.date})."
             )
     speeds = ", ".join(f"{v:g} {k.removesuffix('_tokens_per_s')}" for k, v in (throughput or MEASURED).items())
-    return [*out, f"GPU hours at these speeds in tokens per second: {speeds}."]
+    whose = "as given" if throughput else "of a 7B shape on one H200"
+    return [*out, f"GPU hours at these speeds in tokens per second ({whose}): {speeds}."]
 
 # %% ../../nbs/paper/03_costs.ipynb #72726e8b
 COLUMNS = {  # of the printed table: heading -> how a row's cell is written

@@ -56,7 +56,7 @@ __all__ = ['SHOT_TOKENS', 'CHAPTERS', 'JobWork', 'extract_work', 'steer_work', '
            'estimators_work', 'monitor_work', 'cosines_work', 'propensity_work', 'finetune_work', 'families_work',
            'guard_work', 'screen_work', 'toxicity_work']
 
-# %% ../../nbs/paper/02b_chapter_work.ipynb #ac2ce43e
+# %% ../../nbs/paper/02b_chapter_work.ipynb #c24af6f1
 @dataclass
 class JobWork:
     "Collects the work of one job."
@@ -95,7 +95,7 @@ class JobWork:
         "Answers to rows, and their judgements."
         rows, sampling = self._with_prompts(rows), sampling or self.sampling
         new, traits = sampling.max_new_tokens, list(traits)
-        numbers = answer_numbers(rows, source or self.facts.name, self.job, sampling)
+        numbers = answer_numbers(rows, source or self.facts.name, f"{self.job}, {what}", sampling)
         parts = [judgements(self.judge, t, rows.question, numbers, new) for t in traits]
         judged = pd.concat(parts, ignore_index=True) if parts else None
         read = int(rows.prompt.map(tokens_of).sum())
@@ -138,14 +138,17 @@ class JobWork:
         what, rows = f"extraction, {name}", pd.concat(sides, ignore_index=True)
         self.generate(what, rows, [trait], sampling=sampling, shared=shared, provides=provides)
 
-    def divergence(self, what: str, questions: list[str], measurements: int, at_most: bool = True, systems=None):
-        "Reference answers of the unsteered model, read once as they are and once for each measurement."
+    def divergence(self, what: str, questions: list[str], measured: int = 0, searched: int = 0, systems=None):
+        """Reference answers of the unsteered model, read once as they are and once for each measurement: those that are
+        made, and those that searches make at most."""
         systems = systems or [""] * len(questions)
         rows = pd.DataFrame({"question": questions, "system": systems, "seed": questions})
         self.generate(f"reference answers, {what}", rows)
         prompts = [self.facts.prompt(q, s) for q, s in zip(questions, systems)]
         new = self.sampling.max_new_tokens
-        self.read(f"divergence, {what}", prompts, new, 1 + measurements, at_most=at_most)
+        self.read(f"divergence, {what}", prompts, new, 1 + measured)
+        if searched:
+            self.read(f"search, {what}", prompts, new, searched, at_most=True)
 
     def quiz(self, what: str, quiz: list[dict], system: str = ""):
         "A quiz: free answers are generated, choices are read."
@@ -185,7 +188,7 @@ class JobWork:
         if self.p.get("lm_eval"):
             self.notes.append(f"{self.job}: the questions of lm-eval ({', '.join(self.p['lm_eval'])}) are not counted.")
 
-# %% ../../nbs/paper/02b_chapter_work.ipynb #0435de5a
+# %% ../../nbs/paper/02b_chapter_work.ipynb #37179c4f
 def extract_work(w: JobWork):
     "02_extract: answers of both signs; or texts that exist already, read once."
     p, trait = w.p, w.trait(w.p["trait"])
@@ -218,14 +221,14 @@ def steer_work(w: JobWork):
     adds = p["mode"] == "add"
     scored = [] if w.judge.judge.billable else [w.trait(n) for n in names]
     if p["mode"] == "cap":
-        w.divergence("limits of capping", list(trait.extract_questions[:8]), 0, False)
+        w.divergence("limits of capping", list(trait.extract_questions[:8]))
     w.generate("steered", steered_rows(asked, 1, as_list(p["coefficients"]) or default_steps(1, adds)), scored[:1])
     if adds:
         w.generate("against instructions", told_rows(trait, asked, 1, 1), scored[:1])
     if p["second_trait"]:
         w.generate("sum of vectors", mixture_rows({k: k for k in ("first", "second", "sum")}, asked, 1, 1), scored)
 
-# %% ../../nbs/paper/02b_chapter_work.ipynb #5b2e805b
+# %% ../../nbs/paper/02b_chapter_work.ipynb #bb716f4b
 def evaluate_work(w: JobWork):
     """04_evaluate: the sweep and the report. At most: the measurements in the search for coefficients, and the points
     of imported vectors, which may lack layers."""
@@ -238,9 +241,10 @@ def evaluate_work(w: JobWork):
     check(strengths and max(strengths) > 0, "a sweep needs at least one coefficient above 0.")
     layers = as_list(p["layers"], int) or default_layers(w.facts, p["preset"] == "quick")
     points = pd.DataFrame([dict(layer=l, coefficient=c) for l in layers for c in strengths])
-    searched = most_measurements(len(targets)) if targets else len(strengths)
-    measured = len(layers) * searched + size.random_vectors * most_measurements(1)
-    w.divergence("sweep", list(trait.extract_questions[: size.questions][: size.kl_questions]), measured)
+    measured = 0 if targets else len(points)
+    searched = len(layers) * most_measurements(len(targets)) if targets else 0
+    searched += size.random_vectors * most_measurements(1)
+    w.divergence("sweep", list(trait.extract_questions[: size.questions][: size.kl_questions]), measured, searched)
     missing = bool(p["vectors_folder"])
     w.generate("sweep", sweep_plan(trait, points, size, w.pairs(trait)), [trait], at_most=missing)
     reports = [_report(trait, points, layers[0], c, size, w.pairs(trait)) for c in strengths if c > 0]
@@ -261,12 +265,13 @@ def operations_work(w: JobWork):
     quiz = quiz_sample(default_quiz(w.facts.world, p["quiz"]), p["quiz_questions"])
     asked, known = list(trait.eval_questions[: p["questions"]]), list(trait.extract_questions[:8])
     pairs, n = w.pairs(trait), p["n"]
-    w.divergence("limits of capping", known, 0, False)
+    w.divergence("limits of capping", known)
     told, hints = instructed(trait, asked, pairs, n), instructed(trait, known, pairs)
-    w.divergence("raising", known, len(RAISING) * most_measurements(1))
+    w.divergence("raising", known, 0, len(RAISING) * most_measurements(1))
     variants = lowering((0, 1))
-    measured = sum(1 if v.strength is not None else most_measurements(1) for v in variants)
-    w.divergence("lowering", list(hints.question), measured, systems=list(hints.system))
+    fixed = sum(v.strength is not None for v in variants)
+    searched = (len(variants) - fixed) * most_measurements(1)
+    w.divergence("lowering", list(hints.question), fixed, searched, list(hints.system))
     start = pd.concat([plain_rows(trait, asked, n), told, countered(trait, asked, pairs, n)], ignore_index=True)
     w.generate("without steering", start, [trait])
     for name in start.condition.unique():
@@ -285,7 +290,7 @@ def estimators_work(w: JobWork):
     sides = [extraction_rows(w.facts, trait, sign, n, w.pairs(trait)) for sign in ("pos", "neg")]
     w.read("extraction's answers", pd.concat(sides).prompt, w.sampling.max_new_tokens, at_most=True)
     names = [*ESTIMATORS, *(f"random vector {k}" for k in range(p["random_vectors"]))]
-    w.divergence("estimators", list(trait.extract_questions[:8]), len(names) * most_measurements(len(targets)))
+    w.divergence("estimators", list(trait.extract_questions[:8]), 0, len(names) * most_measurements(len(targets)))
     places = [dict(vector=v, layer=1, target_kl=t, coefficient=t) for v in names for t in targets]
     w.generate("steering", steering_rows(trait, pd.DataFrame(places), n), [trait])
 

@@ -22,7 +22,7 @@ from ..training.config import job_config
 __all__ = ['PRICES', 'MEASURED', 'COLUMNS', 'model_name', 'chapter_costs', 'job_costs', 'total_costs', 'Price', 'gpu_hours',
            'judge_dollars', 'costs_table', 'costs_lines']
 
-# %% ../../nbs/paper/03_costs.ipynb #540ffd42
+# %% ../../nbs/paper/03_costs.ipynb #4c7363d9
 @cache
 def _defaults(path: str) -> dict:  # parameter -> default
     "The defaults of a chapter; they are in its notebook."
@@ -44,8 +44,9 @@ def chapter_costs(
     job runs count with their largest value, and their pieces are marked `at_most`: measurements in the search for a
     coefficient, kept pairs that are read again, variants that may not reach a divergence, broken answers that test a
     judge. Tokens are upper bounds, because every answer counts with its largest length and no prompt shares its
-    beginning with another. Single texts that are read for an illustration are left out. Raises `PersonaError` for a
-    chapter that has no estimate, and for parameters that the chapter would refuse too."""
+    beginning with another; judgements too, because equal answers are judged once. Single texts that are read for an
+    illustration are left out. Raises `PersonaError` for a chapter that has no estimate, and for parameters that the
+    chapter would refuse too."""
     path = chapter_path(chapter)
     check(path.stem in CHAPTERS, f"the costs of {path.stem} are not known: there are those of {', '.join(CHAPTERS)}.")
     known = _defaults(str(path))
@@ -72,7 +73,7 @@ def _once(works: Iterable[Work]) -> list[Work]:
             done[w.shared] = w
     return [w for w in works if not w.shared or w is done[w.shared]]
 
-# %% ../../nbs/paper/03_costs.ipynb #1f7ed61f
+# %% ../../nbs/paper/03_costs.ipynb #6bde7243
 def job_costs(
     job: Job,
     judge_model: str = "",  # in place of the job's own judge; "": as the job says
@@ -91,16 +92,14 @@ def job_costs(
 def _shared_out(jobs: list[Job], judge_model: str = "", n_layers: int = UNKNOWN_LAYERS) -> list[Costs]:
     "The costs of each job without what another one does for it; a judgement counts in the first job that needs it."
     each = [job_costs(job, judge_model, n_layers) for job in jobs]
-    kept = {id(w) for w in _once(w for costs in each for w in costs.works)}
-    seen, out = set(), []
-    for costs in each:
-        works = [w for w in costs.works if id(w) in kept]
-        for w in works:
-            if w.judged is not None:
-                w.judged = w.judged[~w.judged.number.isin(seen)].drop_duplicates("number")
-                seen.update(w.judged.number)
-        out.append(Costs(works, costs.notes))
-    return out
+    works = _once(w for costs in each for w in costs.works)
+    judging = [w for w in works if w.judged is not None]
+    if judging:
+        first = pd.concat([w.judged.assign(work=k) for k, w in enumerate(judging)]).drop_duplicates("number")
+        for k, w in enumerate(judging):
+            w.judged = first[first.work == k].drop(columns="work")
+    kept = {id(w) for w in works}
+    return [Costs([w for w in costs.works if id(w) in kept], costs.notes) for costs in each]
 
 
 def total_costs(jobs: Iterable[Job], judge_model: str = "", n_layers: int = UNKNOWN_LAYERS) -> Costs:
@@ -109,7 +108,7 @@ def total_costs(jobs: Iterable[Job], judge_model: str = "", n_layers: int = UNKN
     each = _shared_out(list(jobs), judge_model, n_layers)
     return Costs([w for costs in each for w in costs.works], [note for costs in each for note in costs.notes])
 
-# %% ../../nbs/paper/03_costs.ipynb #c159e638
+# %% ../../nbs/paper/03_costs.ipynb #d339bbc3
 @dataclass(frozen=True)
 class Price:
     "What an API takes, in dollars per million tokens."
@@ -121,7 +120,9 @@ class Price:
 
 
 PRICES = {
-    "gpt-4.1-mini-2025-04-14": Price(0.40, 1.60, "2026-05", "price list of OpenAI's API, standard processing"),
+    "gpt-4.1-mini-2025-04-14": Price(
+        0.40, 1.60, "2026-04-02", "OpenAI's price for standard processing, quoted at losclouds.com/ai-models"
+    ),
 }
 
 # %% ../../nbs/paper/03_costs.ipynb #2565351e
@@ -150,7 +151,7 @@ def judge_dollars(sums: dict, judge_model: str, prices: dict[str, Price] | None 
     price = (PRICES if prices is None else prices).get(judge_model)
     return (sums["judge_tokens"] * price.read + sums["calls"] * price.written) / 1e6 if price else float("nan")
 
-# %% ../../nbs/paper/03_costs.ipynb #7f661471
+# %% ../../nbs/paper/03_costs.ipynb #1f0f77c2
 def costs_table(
     jobs: Iterable[Job],
     judge_model: str = "",  # in place of the jobs' own judge; "": as the jobs say
@@ -158,7 +159,7 @@ def costs_table(
     throughput: dict | None = None,  # tokens per second, the names of MEASURED; None: MEASURED
     n_layers: int = UNKNOWN_LAYERS,  # of a model whose configuration is not on this machine
 ) -> pd.DataFrame:
-    # chapter, jobs, NUMBERS, JUDGED, dollars (of the judge; NaN: price not known), gpu_hours, at_most
+    # chapter, jobs, NUMBERS, JUDGED, dollars (of the judge; NaN: price not known), gpu_hours, at_most ("texts")
     "What some jobs will cost, by chapter and in all. `attrs['notes']` holds sentences on what the numbers rest on."
     jobs = list(jobs)
     check(jobs, "there are no jobs to count.")
@@ -168,10 +169,11 @@ def costs_table(
         mine = [(j, c) for j, c in zip(jobs, each) if Path(j.chapter).stem == chapter]
         sums = pd.DataFrame([c.sums() | _money(j, c, judge_model, prices, throughput) for j, c in mine])
         rows.append(dict(chapter=chapter, jobs=len(mine)) | sums.sum(skipna=False).to_dict())
-        rows[-1]["at_most"] = any(c.at_most for _, c in mine)
+        rows[-1]["at_most"] = ", ".join(Costs([w for _, c in mine for w in c.works]).at_most)
     table = pd.DataFrame(rows)
     total = table.drop(columns=["chapter", "at_most"]).sum(skipna=False).to_dict()
-    table.loc[len(table)] = dict(chapter="total") | total | dict(at_most=bool(table.at_most.any()))
+    bounds = ", ".join(Costs([w for costs in each for w in costs.works]).at_most)
+    table.loc[len(table)] = dict(chapter="total") | total | dict(at_most=bounds)
     table = table.astype({k: int for k in ("jobs", *NUMBERS, *JUDGED)})
     grounds = _grounds(jobs, judge_model, prices, throughput, n_layers)
     table.attrs["notes"] = [*grounds, *(note for costs in each for note in costs.notes)]
@@ -208,17 +210,18 @@ def _grounds(jobs: list[Job], judge_model: str, prices, throughput, n_layers: in
                 f"({price.source}, {price.date})."
             )
     speeds = ", ".join(f"{v:g} {k.removesuffix('_tokens_per_s')}" for k, v in (throughput or MEASURED).items())
-    return [*out, f"GPU hours at these speeds in tokens per second: {speeds}."]
+    whose = "as given" if throughput else "of a 7B shape on one H200"
+    return [*out, f"GPU hours at these speeds in tokens per second ({whose}): {speeds}."]
 
-# %% ../../nbs/paper/03_costs.ipynb #46545fcd
+# %% ../../nbs/paper/03_costs.ipynb #72726e8b
 COLUMNS = {  # of the printed table: heading -> how a row's cell is written
     "chapter": lambda r: r["chapter"],
     "jobs": lambda r: f"{r['jobs']:,}",
-    "answers": lambda r: _count(r["answers"], r["at_most"]),
+    "answers": lambda r: _count(r["answers"], "answers" in r["at_most"]),
     "tokens of answers": lambda r: _count(r["new_tokens"], True),
-    "texts read": lambda r: _count(r["texts"], r["at_most"]),
+    "texts read": lambda r: _count(r["texts"], "texts" in r["at_most"]),
     "tokens read": lambda r: _count(r["read_tokens"], True),
-    "judgements": lambda r: _count(r["judgements"], r["at_most"]),
+    "judgements": lambda r: _count(r["judgements"], True),
     "judge tokens": lambda r: _count(r["judge_tokens"], True),
     "judge, $": lambda r: "unknown" if pd.isna(r["dollars"]) else f"{r['dollars']:.2f}",
     "training tokens": lambda r: _count(r["train_tokens"], True),
@@ -226,7 +229,7 @@ COLUMNS = {  # of the printed table: heading -> how a row's cell is written
 }
 
 
-def _count(value: int, at_most: bool) -> str:  # "12,400", "at most 1.2M" as "≤ 1.2M"
+def _count(value: int, at_most: bool) -> str:  # "12,400", or "≤ 1.2M" for at most so many
     "A count, shortened from a million on."
     text = f"{value / 1e6:,.1f}M" if value >= 1e6 else f"{value:,}"
     return f"≤ {text}" if at_most and value else text

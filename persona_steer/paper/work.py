@@ -20,8 +20,9 @@ from ..lm.models import resolve_model, world_of
 from ..persona.traits import Trait, system_prompt
 
 # %% auto #0
-__all__ = ['CHARACTERS_PER_TOKEN', 'UNKNOWN_LAYERS', 'UNKNOWN_PARAMETERS', 'NUMBERS', 'JUDGED', 'tokens_of', 'ModelFacts',
-           'model_facts', 'PlannedJudge', 'planned_judge', 'answer_numbers', 'judgements', 'Work', 'Costs']
+__all__ = ['CHARACTERS_PER_TOKEN', 'UNKNOWN_LAYERS', 'UNKNOWN_PARAMETERS', 'READERS', 'NUMBERS', 'JUDGED', 'tokens_of',
+           'ModelFacts', 'model_facts', 'PlannedJudge', 'planned_judge', 'answer_numbers', 'judgements', 'Work',
+           'Costs']
 
 # %% ../../nbs/paper/02a_work.ipynb #6d82d634
 CHARACTERS_PER_TOKEN = 4  # of English text
@@ -93,7 +94,7 @@ def _parameters(config) -> int:
         model = AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in model.parameters())
 
-# %% ../../nbs/paper/02a_work.ipynb #3f93e79a
+# %% ../../nbs/paper/02a_work.ipynb #72f2761a
 class _Likelihood(LikelihoodJudge):
     "What the likelihood judge asks for and which instruction pairs it uses, without the model that it judges with."
 
@@ -129,7 +130,7 @@ class PlannedJudge:
         if self.kind == "likelihood":
             pairs = self.judge.judging_pairs(trait)
             return ["", *(system_prompt(trait, sign, k) for k in pairs for sign in ("pos", "neg"))]
-        return {"pocket": ["", ""], "classifier": [""]}.get(self.kind, [])
+        return [""] if self.kind == "classifier" else []
 
 
 def planned_judge(parameters: dict, facts: ModelFacts) -> PlannedJudge:
@@ -144,14 +145,17 @@ def planned_judge(parameters: dict, facts: ModelFacts) -> PlannedJudge:
     judge.name = kind if name == "auto" else name
     return PlannedJudge(judge, kind, scale)
 
-# %% ../../nbs/paper/02a_work.ipynb #1e7330af
-def answer_numbers(rows: pd.DataFrame, source: str, job: str, sampling) -> list[int]:
+# %% ../../nbs/paper/02a_work.ipynb #32c5bf21
+READERS = {"causal": 1, "pocket-causal": 1, "pocket": 2}  # judges on this machine -> texts that they read per judgement
+
+
+def answer_numbers(rows: pd.DataFrame, source: str, table: str, sampling) -> list[int]:
     # rows: prompt, seed, and vector and coefficient if some are steered
     """A number for each answer to be written: equal for the unsteered answers of one source (a model) to one prompt
-    with one seed and sampling, different for all others. Steered ones are told apart by the name of their job."""
+    with one seed and sampling, different for all others. Steered ones are told apart by the name of their table."""
     plain = (rows.coefficient == 0) | (rows.vector == "") if "vector" in rows else pd.Series(True, rows.index)
     texts = zip(rows.prompt, rows.seed, plain, range(len(rows)))
-    return [hash((source, sampling, p, s) if alike else (source, job, k, p, s)) for p, s, alike, k in texts]
+    return [hash((source, sampling, p, s) if alike else (source, table, k, p, s)) for p, s, alike, k in texts]
 
 
 def judgements(
@@ -167,8 +171,9 @@ def judgements(
         frame["calls"] = judge.samples if judge.kind == "remote" else 0
         frame["tokens"] = frame.calls * asked
         frame["texts"], frame["read_tokens"] = 0, 0
-        if judge.kind in ("causal", "pocket-causal"):
-            frame["texts"], frame["read_tokens"] = 1, asked
+        if judge.kind in READERS:
+            frame["texts"] = READERS[judge.kind]
+            frame["read_tokens"] = frame.texts * asked
         elif measure == trait.name:  # one reading gives all measures
             systems = judge.systems(trait)
             frame["texts"] = len(systems)
@@ -177,7 +182,7 @@ def judgements(
         parts.append(frame)
     return pd.concat(parts, ignore_index=True)
 
-# %% ../../nbs/paper/02a_work.ipynb #910b1b0d
+# %% ../../nbs/paper/02a_work.ipynb #562a2f66
 NUMBERS = ("answers", "new_tokens", "texts", "read_tokens", "samples", "train_tokens")
 JUDGED = ("judgements", "calls", "judge_tokens")
 
@@ -194,7 +199,7 @@ class Work:
     samples: int = 0  # chats that are trained on, in all epochs together
     train_tokens: int = 0
     judged: pd.DataFrame | None = None  # as `judgements` gives it
-    at_most: bool = False  # the counts are upper bounds (of tokens they always are)
+    at_most: bool = False  # answers and texts are upper bounds (tokens and judgements always are)
     shared: str = ""  # work of one name is done once by all jobs together
     provides: bool = False  # of several jobs with that work, this one does it
 
@@ -211,9 +216,9 @@ class Costs:
         return next(w for w in self.works if w.what == what)
 
     @property
-    def at_most(self) -> bool:
-        "Are some counts upper bounds?"
-        return any(w.at_most for w in self.works)
+    def at_most(self) -> list[str]:
+        "Which of answers and texts are upper bounds."
+        return [k for k in ("answers", "texts") if any(w.at_most and getattr(w, k) for w in self.works)]
 
     @property
     def judged(self) -> pd.DataFrame:

@@ -90,7 +90,7 @@ GROUPS = {
         *("vectors", "hub", "combining", "jobs", "serving"),
     ),
     "Extend": ("adding-a-trait", "adding-a-method", "coming-from-the-published-code"),
-    "Results": ("results", "speed"),
+    "Results": ("paper", "results", "speed"),
     "More": ("pocket", "code-layout"),
 }
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..base.core import PersonaError
 from persona_steer.paper.measurements import (
     Measurement,
     ModelResults,
-    NotMeasured,
     beyond_random,
     chosen_depth,
     difference_r,
@@ -433,7 +433,7 @@ def examine(claim: Claim, model: str, results: ModelResults, traits: list[str]) 
     for trait in traits if claim.by_trait else [""]:
         try:
             found[trait] = claim.measure(results, trait)
-        except NotMeasured as e:
+        except PersonaError as e:
             missing[trait] = str(e)
     met = {trait: claim.rule.met(m, trait) for trait, m in found.items()}
     return Result(claim, model, found, met, missing)

@@ -5,19 +5,16 @@
 # %% ../../nbs/paper/01_measurements.ipynb #84117fac
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ..base.core import load_json
+from ..base.core import PersonaError, load_json
 from ..dataset_sweep import ELICITING
 from ..persona.scores import change_by_question, load_scores, mean_ci
-from ..persona.vectors import load_vectors
 
 # %% auto #0
 __all__ = ['EQUAL_KL', 'Measurement', 'NotMeasured', 'ModelResults', 'judge_auc', 'instructed_gap', 'chosen_depth',
@@ -56,7 +53,7 @@ def _no_minus_zero(text: str) -> str:
     return text.lstrip("+-") if float(text) == 0 else text
 
 
-class NotMeasured(Exception):
+class NotMeasured(PersonaError):
     "The chapter that measures this was not run, or could not measure it; the message says which."
 
 
@@ -122,8 +119,16 @@ EQUAL_KL = "random vector, equal KL"
 def chosen_depth(r: ModelResults, trait: str) -> Measurement:
     "The chosen layer as a share of the model's depth."
     layer = r.json(trait, "04_evaluate", "choice.json")["layer"]
-    n_layers = len(load_vectors(r.folder / trait / "02_extract", trait).response_avg) - 1
+    n_layers = len(_diagnostics(r, trait, "split_half")) - 1  # row 0 is the embedding
     return Measurement(*[layer / n_layers] * 3)
+
+
+def _diagnostics(r: ModelResults, trait: str, name: str) -> list:  # [layers + 1]
+    "What extraction says of each row of the trait's vectors. Raises `NotMeasured` if it does not."
+    values = r.json(trait, "02_extract", f"{trait}_vectors.json").get("diagnostics", {}).get(name)
+    if not values:
+        raise NotMeasured(f"02_extract of {trait} has no '{name}'")
+    return values
 
 
 def _report(r: ModelResults, trait: str, chapter: str = "04_evaluate") -> dict[str, pd.DataFrame]:
@@ -313,11 +318,10 @@ def pair_cosine(r: ModelResults, trait: str) -> Measurement:
 def split_half(r: ModelResults, trait: str) -> Measurement:
     "Cosine between the vectors of two random halves of the questions, at the chosen layer."
     layer = r.json(trait, "04_evaluate", "choice.json")["layer"]
-    found = json.loads(r.path(trait, "02_extract", f"{trait}_vectors.json").read_text(encoding="utf-8"))
-    values = found.get("diagnostics", {}).get("split_half")
-    if not values or values[layer] is None:
-        raise NotMeasured(f"02_extract of {trait} has no split-half cosine")
-    return Measurement(*[float(np.round(values[layer], 3))] * 3)
+    value = _diagnostics(r, trait, "split_half")[layer]
+    if value is None:
+        raise NotMeasured(f"02_extract of {trait} has no split-half cosine at layer {layer}")
+    return Measurement(*[value] * 3)
 
 # %% ../../nbs/paper/01_measurements.ipynb #8b287e0c
 def toxicity_change(group: str, condition: str = "steered"):

@@ -179,7 +179,7 @@ def test_named_pages_and_chapters_exist():
         for path in re.findall(r"\b(nbs/[\w/]+\.ipynb|(?:tests|docs)/[\w-]+\.(?:py|md))\b", text):
             assert (ROOT / path).is_file(), f"{page.name}: {path}"
     for book in (ROOT / "nbs").rglob("*.ipynb"):
-        for name in re.findall(r"\bdocs/[\w-]+\.md", book.read_text(encoding="utf-8")):
+        for name in re.findall(r"\bdocs/[a-z-]+\.md", book.read_text(encoding="utf-8")):
             assert (ROOT / name).is_file(), f"{book.name}: {name}"
 
 

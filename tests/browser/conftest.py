@@ -43,6 +43,21 @@ def on_pocket(notebook: str) -> str:
     return notebook.replace('model: str = \\"smollm2\\"', 'model: str = \\"pocket\\"')
 
 
+SERIOUS = ("serious", "critical")  # what axe calls a fault that must not be there
+
+
+def assert_fit(page, name: str):
+    """The page that is open has no serious fault by axe, and nothing runs off the screen."""
+    import axe_playwright_python
+
+    axe = next(Path(axe_playwright_python.__file__).parent.rglob("axe.min.js")).read_text(encoding="utf-8")
+    page.evaluate(axe)  # into the page, past its security policy
+    found = page.evaluate("axe.run()")
+    bad = [(v["id"], v["nodes"][0]["html"][:150]) for v in found["violations"] if v["impact"] in SERIOUS]
+    assert len(found["passes"]) > 10 and bad == [], (name, bad)
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0, name
+
+
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright

@@ -1,4 +1,4 @@
-"""The published site in docs/ in a real browser: front page and pages of runs, on a phone and a desk, light and dark."""
+"""The published site in docs/ in a real browser: front page and runs, on a phone and a desk, light and dark."""
 
 import pytest
 from conftest import ROOT, assert_fit

@@ -3,6 +3,8 @@
 # Overridable on the command line (make demo TRAIT=optimistic), those with ?= from the environment too.
 TRAIT    = evil
 MODEL    = smollm2
+JUDGE    =
+DRY_RUN  =
 PYTHON  ?= $(shell for p in python3.11 python3; do "$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
 # Two workers with one thread each: with more threads than cores, tests wait for one another.
 WORKERS ?= 2
@@ -35,6 +37,7 @@ help: ## list the targets and what they can be given
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  TRAIT=$(TRAIT)  a file in data/traits      MODEL=$(MODEL)  a name, a path or a hub id"
+	@echo "  JUDGE=name  as judge_model, for make paper      DRY_RUN=1  counts and costs of make paper alone"
 	@echo "  PYTHON=$(PYTHON)  builds $(VENV)      EXTRAS=$(EXTRAS)"
 	@echo "  WORKERS=$(WORKERS) THREADS=$(THREADS)  notebooks tested at once, and threads for each"
 

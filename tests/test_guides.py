@@ -35,8 +35,6 @@ GUIDES = sorted((ROOT / "docs").glob("*.md"), key=lambda p: (p != FIRST, p.name)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
 NOT_EXECUTED = {"gpu", "key", "network", "checkout", "long", "other"}
 WITH_RESULTS = [p for p in GUIDES if p.stem.startswith("results") or p.stem == "steering-operations"]
-# What other parts of this change bring: checked where it is there.
-PENDING = {"persona-steer demo", "persona-steer paper", "make paper", "make site"}
 
 
 @dataclass(frozen=True)
@@ -196,15 +194,14 @@ def problems(command: str) -> list[str]:
     from persona_steer.jobs.batch import chapter_path
 
     words = shlex.split(command)
-    start = " ".join(words[:2])
     if words[0] == "make":
-        return [] if start in PENDING else unknown_to_make(words[1:])
+        return unknown_to_make(words[1:])
     if words[0] == "papermill":
         path = ROOT / words[2 if words[1] == "--help-notebook" else 1]
         return unknown_parameters(path, words) if path.is_file() else [f"no notebook {words[1]}"]
     if words[0] != "persona-steer":
         return []
-    out = unknown_options(words[1], words[2:]) if start not in PENDING or has_command(words[1]) else []
+    out = unknown_options(words[1], words[2:])
     if words[1] == "batch" and not words[2].endswith(".yaml"):
         out += unknown_parameters(chapter_path(words[2]), words)
     return out

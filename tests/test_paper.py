@@ -190,8 +190,9 @@ def test_rules_look_at_the_interval():
     assert not c.below(20).met(wide, "evil") and c.below(20).met(high, "evil")
     assert c.between(9, 10).met(wide, "evil") and not c.between(11, 12).met(wide, "evil")
     assert c.larger_than(0.5).met(m.Measurement(-0.6, -0.6, -0.6), "evil")
-    assert c.reaches({"evil": 20.0}).met(wide, "evil") and not c.reaches({"evil": 20.0}).met(high, "evil")
-    assert not c.reaches({"evil": 20.0}).met(wide, "humorous")
+    far = m.Measurement(10, 1, 21, 20)
+    assert c.reaches({"evil": 20.0}).met(far, "evil") and not c.reaches({"evil": 20.0}).met(high, "evil")
+    assert not c.reaches({"evil": 20.0}).met(far, "humorous") and not c.reaches({"evil": 20.0}).met(wide, "evil")
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,10 @@ def larger_than(bound: float) -> Rule:
 
 
 def reaches(published: dict[str, float]) -> Rule:
-    "The interval reaches a published value of the trait; without one the rule is not met."
+    "The interval lies above 0 and reaches a published value of the trait; without one the rule is not met."
     return Rule(
-        "the interval reaches the paper's value",
-        lambda m, trait: trait in published and m.high >= published[trait],
+        "the interval lies above 0 and reaches the paper's value",
+        lambda m, trait: trait in published and m.low > 0 and m.high >= published[trait],
     )
 
 # %% ../../nbs/paper/02_claims.ipynb #b2859d28
@@ -189,7 +189,7 @@ MONITORING = Figure(
             **R,
         ),
         Claim(
-            "It does so as closely as in the paper.",
+            "Over system prompts, that correlation is as close as in the paper.",
             monitoring_r("system prompt"),
             reaches(SYSTEM_R),
             paper=_texts(SYSTEM_R),
@@ -203,7 +203,7 @@ MONITORING = Figure(
             **R,
         ),
         Claim(
-            "It does so as closely as in the paper.",
+            "Over earlier turns, that correlation is as close as in the paper.",
             monitoring_r("shots"),
             reaches(SHOTS_R),
             paper=_texts(SHOTS_R),
@@ -257,7 +257,13 @@ FINETUNING = Figure(
             paper="0.76 to 0.97",
             **R,
         ),
-        Claim("It does so as closely as in the paper.", shift_r, reaches(SHIFT_R), paper="0.76 to 0.97", **R),
+        Claim(
+            "The correlation of shift and score is as close as in the paper.",
+            shift_r,
+            reaches(SHIFT_R),
+            paper="0.76 to 0.97",
+            **R,
+        ),
     ],
     by_trait=False,
 )

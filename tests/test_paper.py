@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from persona_steer.base.core import PersonaError, project_root
 from persona_steer.paper import claims as c
@@ -16,6 +18,8 @@ from persona_steer.paper.site import LIMIT, paper_site
 from persona_steer.persona.vectors import PersonaVectors, save_vectors
 from persona_steer.reports.links import check_links, site_size
 
+OUTPUT = [new_output("stream", text="1")]
+EXECUTED = nbformat.writes(new_notebook(cells=[new_code_cell("1", outputs=OUTPUT, execution_count=1)]))
 QUESTIONS = [f"question {i}" for i in range(20)]
 
 
@@ -226,17 +230,27 @@ def test_the_plan(tmp_path):
     far = {j.name: j.parameters for j in paper_jobs(["a/Model-7B"], judge=judge)}
     assert far["Model-7B/evil/02_extract"] == dict(model="a/Model-7B", trait="evil", preset="paper") | judge
     assert far["Model-7B/06a_families"]["preset"] == "paper" and "judge_model" not in far["Model-7B/08_toxicity"]
+    other = [j.name for j in paper_jobs(["pocket"], ["optimistic"])]
+    assert "pocket/optimistic/04_evaluate" in other and not [name for name in other if "06b" in name]
     with pytest.raises(PersonaError, match="at least one model"):
         paper_grids([])
 
 
+def test_data_that_were_not_trained_on_are_not_measured(runs):
+    """Of a quick run of 06a, which trains on some families alone, and of a report whose answers were not judged."""
+    results = m.ModelResults(runs / "tiny")
+    for measure in (m.score_gap("misaligned_2", ""), m.score_gap("normal", "misaligned_2"), m.mistakes_gap):
+        with pytest.raises(m.NotMeasured):
+            measure(results, "hallucinating")
+    report = runs / "tiny/evil/04_evaluate/report.csv"
+    write(report, pd.read_csv(report).assign(evil=float("nan")))
+    with pytest.raises(m.NotMeasured, match="scored none"):
+        m.steering_change(results, "evil")
+
+
 def test_the_page_of_a_run(runs, tmp_path, monkeypatch):
     """Numbers, verdicts and rules on the page are those of the files; links resolve; a second build gives the same."""
-    import nbformat
-    from nbformat.v4 import new_code_cell, new_notebook, new_output
-
-    nb = new_notebook(cells=[new_code_cell("1", outputs=[new_output("stream", text="1")], execution_count=1)])
-    nbformat.write(nb, runs / "tiny/evil/04_evaluate/04_evaluate.ipynb")
+    (runs / "tiny/evil/04_evaluate/04_evaluate.ipynb").write_text(EXECUTED)
     monkeypatch.setenv("PERSONA_RUNS", str(runs))
     page = paper_site(runs, tmp_path / "site").read_text()
     assert "+50" in page and "the interval lies above 0" in page
@@ -273,3 +287,29 @@ def test_the_published_site():
         found = subprocess.run(["git", "cat-file", "-e", f"{commit}^{{commit}}"], cwd=docs, capture_output=True)
         assert found.returncode == 0, f"the site was made at {commit}, which this repository does not have"
     assert len(re.findall('class="claim"', page)) >= 20
+
+
+def test_the_command_says_what_failed_and_still_writes_the_page(runs, tmp_path, capsys):
+    from persona_steer.app.cli import _finish_paper
+
+    jobs = paper_jobs(["pocket"])[:2]
+    records = [{"state": "done"}, {"state": "failed", "error": "no memory"}]
+    (runs / "tiny/evil/04_evaluate/04_evaluate.ipynb").write_text(EXECUTED)
+    assert _finish_paper(jobs, records, tmp_path, str(runs), str(tmp_path / "site")) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 jobs are done" in said.out and str(tmp_path / "site/index.html") in said.out
+    assert f"failed: {jobs[1].notebook}: no memory" in said.err and "the same command" in said.err
+
+
+def test_a_dry_run_counts_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    from persona_steer.app.cli import paper
+    from persona_steer.base.core import settings
+
+    monkeypatch.setenv("PERSONA_RUNS", "")  # what the command sets is taken back
+    given = dict(model=["pocket"], trait=["evil"], judge="gpt-4.1-mini-2025-04-14", base_url="", max_calls=50000)
+    rest = dict(executor="local", address="", workers=0, threads=0, gpus=-1, memory=0, retries=2, overwrite=False)
+    paper(**given, runs=str(tmp_path / "runs"), out=str(tmp_path / "site"), dry_run=True, **rest)
+    settings.cache_clear()
+    said = capsys.readouterr().out
+    total = next(line for line in said.splitlines() if line.startswith("| total"))
+    assert "judge, $" in said and float(total.split("|")[9]) > 0 and not list(tmp_path.iterdir())

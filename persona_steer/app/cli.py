@@ -452,14 +452,14 @@ def _finish_paper(jobs: list, records: list[dict], folder, runs: str, out: str) 
     "Write the pages of a paper run; say what failed and what to do."
     from persona_steer.paper.site import paper_site
 
-    page = paper_site(runs, out)
     done = sum(r.get("state") == "done" for r in records)
-    typer.echo(f"{done} of {len(jobs)} jobs are done. {page}, {folder / 'summary.csv'}")
+    typer.echo(f"{done} of {len(jobs)} jobs are done. {folder / 'summary.csv'}")
     for j, r in zip(jobs, records):
         if r.get("state") == "failed":
             typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
     if done < len(jobs):
         typer.echo("Put right what is wrong, then run the same command: what is done is kept.", err=True)
+    typer.echo(f"Open {paper_site(runs, out)}")
     return 0 if done == len(jobs) else 1
 
 

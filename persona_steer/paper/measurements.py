@@ -35,7 +35,9 @@ class Measurement:
 
     @classmethod
     def of(cls, m: dict) -> Measurement:
-        "From a mean of `mean_ci` or `change_by_question`."
+        "From a mean of `mean_ci` or `change_by_question`. Raises `NotMeasured` if no value was judged."
+        if not math.isfinite(m["mean"]):
+            raise NotMeasured("the judge scored none of the answers")
         return cls(m["mean"], m["low"], m["high"], int(m["n"]))
 
     def text(self, digits: int = 0, sign: bool = False) -> str:  # "61 [55, 67]"
@@ -180,6 +182,8 @@ def subtraction(r: ModelResults, trait: str) -> Measurement:
 def steered_coherence(r: ModelResults, trait: str) -> Measurement:
     "Coherence at the chosen point."
     chosen = _report(r, trait)["chosen"]
+    if chosen.empty:
+        raise NotMeasured(f"the report of {trait} lacks the chosen point")
     return Measurement.of(mean_ci(chosen.coherence, chosen.question))
 
 
@@ -232,7 +236,10 @@ def family_of(trait: str) -> str:
 
 def trained_score(r: ModelResults, trait: str, level: str) -> Measurement:
     "Trait score after training on the trait's own family at a level; before training for level ''."
-    row = r.families.loc[(family_of(trait) if level else "untrained", level, trait)]
+    name = (family_of(trait) if level else "untrained", level, trait)
+    if name not in r.families.index:
+        raise NotMeasured(f"06a_families did not train on {'/'.join(name[:2])} or did not score {trait}")
+    row = r.families.loc[name]
     return Measurement(row.score_mean, row.score_low, row.score_high, int(row.score_n))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..base.core import check
+from ..dataset_sweep import ELICITING
 from ..jobs.batch import Job, jobs_of_steps
 
 # %% auto #0
@@ -87,11 +88,16 @@ def paper_grids(
             (chapter, _values(chapter, kind, model, traits, judge or {}))
             for chapter, kind in step
             for model in models
-            if chapter in sizes_of(model)
+            if chapter in sizes_of(model) and (chapter != "06b_guard" or _trainable(traits))
         ]
         for step in STEPS
     ]
     return [step for step in steps if step]
+
+
+def _trainable(traits: list[str]) -> list[str]:
+    "The traits that a family of training data elicits."
+    return [t for t in traits if t in ELICITING.values()]
 
 
 def _values(chapter: str, kind: str, model: str, traits: list[str], judge: dict) -> dict:
@@ -103,7 +109,8 @@ def _values(chapter: str, kind: str, model: str, traits: list[str], judge: dict)
     elif kind == "pools":
         varied = {"trait": traits[:1] if sizes is SMOLLM2 else traits, "pool": list(POOLS)}
     else:
-        varied = {"trait": traits + others if chapter == "02_extract" else traits}
+        of_chapter = {"02_extract": traits + others, "06b_guard": _trainable(traits)}
+        varied = {"trait": of_chapter.get(chapter, traits)}
     known = {} if chapter == "08_toxicity" else judge  # toxicity has a scorer of its own
     # each in a list: a text would be read as values separated by commas
     return {"model": [model]} | varied | sizes[chapter] | {name: [value] for name, value in known.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..base.core import atomic_path, check, load_json, save_json
 from .claims import claims_table, examine_all
 from .front_page import PAGES, front_page
+from .plan import TRAITS
 from ..persona.scores import save_table
 from ..reports.guides import build_guides, repository_address
 from ..reports.links import check_links, site_size
@@ -26,8 +27,6 @@ def models_in(runs: Path) -> list[str]:
 
 def traits_in(runs: Path, models: list[str]) -> list[str]:
     "The traits that were evaluated on every one of some models, those of the paper first."
-    from persona_steer.paper.plan import TRAITS
-
     found = [{p.parent.parent.name for p in (Path(runs) / m).glob("*/04_evaluate/summary.json")} for m in models]
     common = set.union(*found) if found else set()
     return [t for t in TRAITS if t in common] + sorted(common - set(TRAITS))

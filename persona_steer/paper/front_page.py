@@ -11,7 +11,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ..base.core import git_state, load_json, versions
+from ..base.core import load_json, versions
 from .claims import FAILS, HOLDS, PARTLY, UNMEASURED, Figure, Result
 from ..reports.notebook import moment, read_notebook, span
 from ..reports.report import CAPTION, lossless_webp, plain_text
@@ -143,12 +143,12 @@ def run_facts(runs: Path, models: list[str]) -> dict:
     return dict(commits=sorted(commits), judges=judges, seconds=seconds, jobs=jobs)
 
 
-def provenance_rows(facts: dict, command: str) -> list[tuple[str, str]]:
+def provenance_rows(facts: dict, command: str, commit: str) -> list[tuple[str, str]]:
     "What the page says of its origin."
     return [
         ("command", command),
         ("commit of the runs", ", ".join(facts["commits"]) or "outside a repository"),
-        ("commit of this page", git_state() or "outside a repository"),
+        ("commit of this page", commit or "outside a repository"),
         ("jobs", str(facts["jobs"])),
         ("time of all jobs together", span(facts["seconds"])),
         *((f"version of {name}", version) for name, version in versions().items()),
@@ -192,6 +192,7 @@ def front_page(
     traits: list[str],
     command: str = "make paper",
     links: list[tuple[str, str]] = (),  # text, page
+    commit: str = "",  # of the code that writes the page
 ) -> str:  # HTML
     "The page of a paper run."
     pages, facts = run_pages(runs), run_facts(runs, models)
@@ -214,6 +215,6 @@ def front_page(
         models=models,
         traits=", ".join(traits),
         figures=figures,
-        made=provenance_rows(facts, command),
+        made=provenance_rows(facts, command, commit),
         now=moment(datetime.now(UTC).isoformat()),
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..base.core import atomic_path, check, load_json, save_json
+from ..base.core import atomic_path, check, git_state, load_json, save_json
 from .claims import claims_table, examine_all
 from .front_page import PAGES, front_page
 from .plan import TRAITS
 from ..persona.scores import save_table
-from ..reports.guides import build_guides, repository_address
+from ..reports.guides import build_guides, find_guides, repository_address
 from ..reports.links import check_links, site_size
 from ..reports.site import build_site
 
@@ -42,11 +42,12 @@ def paper_site(
     runs, out = Path(runs), Path(out)
     models = models_in(runs)
     traits = traits_in(runs, models)
+    commit = git_state()  # before pages are written, which may be part of the repository
     check(traits, f"{runs} holds no evaluation of a trait: run `make paper` (or `persona-steer paper`) first.")
     examined = examine_all({m: runs / m for m in models}, traits)
     build_site(runs, out / PAGES, "All runs", compress=True, home="../index.html")
     save_table(claims_table(examined), out / "claims.csv")
-    page = front_page(examined, runs, models, traits, command, links)
+    page = front_page(examined, runs, models, traits, command, links, commit)
     with atomic_path(out / "index.html") as tmp:
         tmp.write_text(page, encoding="utf-8")
     return out / "index.html"
@@ -61,11 +62,11 @@ def publish(runs: Path, docs: Path) -> Path:  # the front page
     `PersonaError` if a link leads nowhere, if a page would load something, or if the site is too large."""
     docs = Path(docs)
     repository = repository_address(docs.parent / "settings.ini")
-    guides = [page.name for page in build_guides(docs, docs, repository)]
+    page = paper_site(runs, docs, links=[("Guides", f"{find_guides(docs)[0].page}")])
+    guides = [guide.name for guide in build_guides(docs, docs, repository)]
     for old in set(load_json(docs / GUIDES, [])) - set(guides):
         (docs / old).unlink(missing_ok=True)
     save_json(docs / GUIDES, guides)
-    page = paper_site(runs, docs, links=[("Guides", guides[0])])
     (docs / ".nojekyll").touch()  # the host serves the pages as they are
     problems = check_links(docs)
     check(not problems, f"the site has {len(problems)} broken links, the first one: {problems[:1]}.")

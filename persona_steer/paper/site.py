@@ -62,7 +62,7 @@ def publish(runs: Path, docs: Path) -> Path:  # the front page
     `PersonaError` if a link leads nowhere, if a page would load something, or if the site is too large."""
     docs = Path(docs)
     repository = repository_address(docs.parent / "settings.ini")
-    page = paper_site(runs, docs, links=[("Guides", f"{find_guides(docs)[0].page}")])
+    page = paper_site(runs, docs, links=[("Guides", find_guides(docs)[0].page)])
     guides = [guide.name for guide in build_guides(docs, docs, repository)]
     for old in set(load_json(docs / GUIDES, [])) - set(guides):
         (docs / old).unlink(missing_ok=True)

@@ -197,3 +197,15 @@ def test_steering_takes_a_tensor_and_says_so(pocket):
 
 def test_one_layer_is_a_list_of_one():
     assert sweep_rows(["a?"], 3, 2.0).equals(sweep_rows(["a?"], [3], [2.0]))
+
+
+def test_a_folder_named_like_a_built_in_model_is_not_that_model(tmp_path, monkeypatch):
+    """Such as nbs/pocket, seen from nbs/."""
+    from persona_steer.base.core import BUILT_IN, model_source
+    from persona_steer.lm.gguf_files import PACKAGED
+
+    assert set(BUILT_IN) == {"pocket", *PACKAGED}
+    monkeypatch.chdir(tmp_path)
+    for name in (*BUILT_IN, "mine"):
+        (tmp_path / name).mkdir()
+    assert [model_source(name) for name in (*BUILT_IN, "mine")] == [*BUILT_IN, str((tmp_path / "mine").resolve())]

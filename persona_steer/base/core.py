@@ -21,11 +21,11 @@ from importlib import metadata
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['OWNER', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'run_parameters', 'unknown_name',
-           'as_texts', 'settings', 'packaged_path', 'project_root', 'find_in_project', 'data_path', 'own_data_path',
-           'project_folders', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file', 'find_file',
-           'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype', 'atomic_path',
-           'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
+__all__ = ['OWNER', 'BUILT_IN', 'PACKAGES', 'PersonaError', 'check', 'as_list', 'check_parameters', 'run_parameters',
+           'unknown_name', 'as_texts', 'settings', 'packaged_path', 'project_root', 'find_in_project', 'data_path',
+           'own_data_path', 'project_folders', 'check_name', 'run_path', 'default_config', 'local_folder', 'local_file',
+           'find_file', 'model_source', 'seed_everything', 'pick_device', 'cpu_has_bfloat16', 'pick_dtype',
+           'atomic_path', 'save_json', 'load_json', 'digest', 'versions', 'git_state', 'provenance']
 
 # %% ../../nbs/base/00_core.ipynb #990dca4b
 class PersonaError(ValueError):
@@ -215,9 +215,12 @@ def find_file(name: str) -> Path:
     return found
 
 # %% ../../nbs/base/00_core.ipynb #f9b99f1a
+BUILT_IN = ("pocket", "smollm2")  # models that a name stands for, whatever folders of that name there are
+
+
 def model_source(name: str) -> str:
     "What a model's name stands for: the full path of a folder, else the name itself."
-    folder = local_folder(name)
+    folder = None if name in BUILT_IN else local_folder(name)
     return str(folder.resolve()) if folder else name
 
 # %% ../../nbs/base/00_core.ipynb #9bb2c610

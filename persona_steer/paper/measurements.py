@@ -277,12 +277,10 @@ def _guard(r: ModelResults, trait: str, condition: str, column: str = "trait") -
     table = r.table(trait, "06b_guard", "guards.csv")
     mine = table[(table.split == "eval") & (table.condition == condition)]
     strength = r.json(trait, "06b_guard", "summary.json")["coefficient"]
-    if condition == "preventative steering":
+    if condition in ("preventative steering", "random vector"):
         mine = mine[mine.coefficient == strength]
     elif condition == "post-hoc steering":  # the one that lowers the score most
         mine = mine.sort_values("trait")
-    elif condition == "random vector":
-        mine = mine[mine.coefficient == strength]
     if mine.empty or math.isnan(mine.iloc[0].get(column, math.nan)):
         raise NotMeasured(f"06b_guard of {trait} has no {condition}")
     row = mine.iloc[0]

@@ -375,6 +375,14 @@ def job_line(name: str, record: dict, skipped: bool) -> str:
     return f"{record['state']:8}{name}  {took}{error}".rstrip()
 
 # %% ../../nbs/app/02_cli.ipynb #f684074a
+def _name_failed(jobs: list, records: list[dict]) -> bool:  # has any job failed?
+    "Print each job that failed, and why."
+    failed = [(j, r) for j, r in zip(jobs, records) if r.get("state") == "failed"]
+    for j, r in failed:
+        typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
+    return bool(failed)
+
+
 def finish_batch(jobs, records, runs: str, folder) -> int:  # exit status
     "Write the report of a batch; say what failed and what to do."
     import shutil
@@ -384,7 +392,6 @@ def finish_batch(jobs, records, runs: str, folder) -> int:  # exit status
     from persona_steer.jobs.workers import fetch
     from persona_steer.reports.site import build_site
 
-    failed = [(j, r) for j, r in zip(jobs, records) if r.get("state") == "failed"]
     with tempfile.TemporaryDirectory() as tmp:
         found = sum(fetch(runs if "://" in runs else str(run_path()), j, tmp) for j in jobs)
         if found:
@@ -395,9 +402,7 @@ def finish_batch(jobs, records, runs: str, folder) -> int:  # exit status
         f"{states.count('done')} of {len(jobs)} done. {folder / 'summary.csv'}"
         + (f", {folder / 'report' / 'index.html'}" if found else "")
     )
-    for j, r in failed:
-        typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
-    if failed:
+    if _name_failed(jobs, records):
         typer.echo(
             "Put right what is wrong, then run the same command with --resume: the failed jobs alone are run again.",
             err=True,
@@ -454,9 +459,7 @@ def _finish_paper(jobs: list, records: list[dict], folder, runs: str, out: str) 
 
     done = sum(r.get("state") == "done" for r in records)
     typer.echo(f"{done} of {len(jobs)} jobs are done. {folder / 'summary.csv'}")
-    for j, r in zip(jobs, records):
-        if r.get("state") == "failed":
-            typer.echo(f"failed: {j.notebook}: {r['error']}", err=True)
+    _name_failed(jobs, records)
     if done < len(jobs):
         typer.echo("Put right what is wrong, then run the same command: what is done is kept.", err=True)
     typer.echo(f"Open {paper_site(runs, out)}")

@@ -14,14 +14,14 @@ from pathlib import Path
 from ..base.core import load_json, versions
 from .claims import FAILS, HOLDS, PARTLY, UNMEASURED, Figure, Result
 from ..reports.notebook import moment, read_notebook, span
-from ..reports.report import CAPTION, lossless_webp, plain_text
+from ..reports.report import CAPTION, picture_address, plain_text
 from ..reports.site import notebooks, page_names
 from ..reports.theme import CSS, render, template_text
 
 # %% auto #0
-__all__ = ['PAGES', 'KIND', 'COUNTED', 'WHAT', 'ABOUT', 'run_pages', 'notebook_of', 'first_picture', 'as_picture', 'pictures',
-           'links_to_runs', 'page_of', 'result_row', 'claim_entry', 'run_facts', 'provenance_rows', 'tally_of',
-           'summary_line', 'front_page']
+__all__ = ['PAGES', 'KIND', 'COUNTED', 'WHAT', 'ABOUT', 'run_pages', 'notebook_of', 'first_picture', 'pictures', 'links_to_runs',
+           'page_of', 'result_row', 'claim_entry', 'run_facts', 'provenance_rows', 'tally_of', 'summary_line',
+           'front_page']
 
 # %% ../../nbs/paper/04_front_page.ipynb #5e1823ef
 PAGES = "runs"  # the folder of the chapters' pages, beside the front page
@@ -50,12 +50,6 @@ def first_picture(notebook: Path) -> tuple[str, str]:  # base64 PNG, caption; em
     return "", ""
 
 # %% ../../nbs/paper/04_front_page.ipynb #336d34a2
-def as_picture(png: str) -> str:  # base64 PNG -> data address
-    "A figure for the page, as small as it can be without loss."
-    small = lossless_webp(base64.b64decode(png))
-    return f"data:image/webp;base64,{base64.b64encode(small).decode()}"
-
-
 def pictures(figure: Figure, runs: Path, models: list[str], traits: list[str], pages: dict[str, str]) -> list[dict]:
     "The first figure of the chapter for each model; of the first trait, where there is one for each."
     out = []
@@ -67,7 +61,14 @@ def pictures(figure: Figure, runs: Path, models: list[str], traits: list[str], p
         if png:
             about = f"{model}, {traits[0]}" if figure.by_trait else model
             alt = f"{figure.title}, {about}. {caption}"[:400]
-            out.append(dict(data=as_picture(png), alt=alt, page=pages[name], caption=f"{about}. {caption}"))
+            out.append(
+                dict(
+                    data=picture_address(base64.b64decode(png)),
+                    alt=alt,
+                    page=pages[name],
+                    caption=f"{about}. {caption}",
+                )
+            )
     return out
 
 

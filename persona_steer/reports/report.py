@@ -28,7 +28,8 @@ from .theme import CSS, SCRIPT, render, template_text
 __all__ = ['LEAD', 'HIDDEN', 'NOISE', 'LITTER', 'WIDGET', 'CAPTION', 'BANNERS', 'PARAMETERS', 'CELLS', 'FETCHED', 'REMOTE',
            'NUMBER', 'WEBP_SIDE', 'HEADING', 'PAGE', 'clean_output', 'hidden', 'keep_readable', 'results_first',
            'table_parameters', 'plain_text', 'take_caption', 'caption', 'cells_to_html', 'make_safe', 'align_numbers',
-           'tidy_tables', 'lossless_webp', 'compress_pictures', 'tidy_headings', 'flat', 'export_page']
+           'tidy_tables', 'lossless_webp', 'picture_address', 'compress_pictures', 'tidy_headings', 'flat',
+           'export_page']
 
 # %% ../../nbs/reports/02_report.ipynb #7a29b0a2
 LEAD = r"(?:\s*#\s*\|[^\n]*\n)*\s*"
@@ -286,13 +287,17 @@ def lossless_webp(picture: bytes) -> bytes:
     return out.getvalue()
 
 
+def picture_address(png: bytes) -> str:
+    "A PNG file as a data address: as lossless WebP where that is smaller."
+    smaller = lossless_webp(png)
+    kind, content = ("webp", smaller) if len(smaller) < len(png) else ("png", png)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def compress_pictures(soup):
     "Make, in place, the PNG pictures of a page lossless WebP ones where that is smaller."
     for img in soup("img", src=re.compile("^data:image/png;base64,")):
-        picture = base64.b64decode(img["src"].partition(",")[2])
-        smaller = lossless_webp(picture)
-        if len(smaller) < len(picture):
-            img["src"] = f"data:image/webp;base64,{base64.b64encode(smaller).decode()}"
+        img["src"] = picture_address(base64.b64decode(img["src"].partition(",")[2]))
 
 # %% ../../nbs/reports/02_report.ipynb #671ea42b
 HEADING = re.compile(r"h[1-6]$")
